@@ -1,0 +1,291 @@
+"""The page: Gradio blocks around a `Generator`, and nothing that makes pictures.
+
+Stands at the end of the flow: what is typed becomes a `Request`, each `Picture` that comes back is
+shown at once. It imports Gradio and the other files of `app`, not torch and not the library.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from app.catalogue import AdapterInfo, GeneratorError, find_adapters
+from app.generator import SIZE_STEP, Generator, Request
+
+log = logging.getLogger(__name__)
+
+NO_ADAPTER = "none (base model)"
+
+THEME = gr.themes.Soft(
+    primary_hue="teal",
+    secondary_hue="teal",
+    neutral_hue="slate",
+    radius_size="md",
+    # Fonts of the visitor's machine: a page on 127.0.0.1 should not call a font server.
+    font=["Inter", "ui-sans-serif", "system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "SFMono-Regular", "monospace"],
+)
+
+CSS = """
+.lily-head h1 { font-size: 1.5rem; font-weight: 600; margin: 0; }
+.lily-head p, .lily-about { color: var(--body-text-color-subdued); font-size: .9rem; line-height: 1.5; margin: 0; }
+.lily-about b { color: var(--body-text-color); font-weight: 500; }
+.lily-about .fault { color: var(--error-text-color); }
+.lily-refresh { align-self: end; }
+#status { min-height: 3.5rem; }
+"""
+
+PROGRESS = gr.Progress()
+"""Gradio gives a handler its progress bar where a parameter has such a default."""
+
+Pairs = list[tuple[Image.Image, Image.Image]]
+"""(without, with the adapter) for each picture in the gallery; empty where nothing is compared."""
+
+
+class StopSignals:
+    """One stop signal for each browser tab, so that Stop ends the computation of that tab alone."""
+
+    def __init__(self) -> None:
+        self._events: dict[str | None, threading.Event] = {}
+
+    def begin(self, tab: str | None) -> None:
+        """Arm the tab's signal for a new request."""
+        self._events[tab] = threading.Event()
+
+    def stop(self, tab: str | None) -> None:
+        """Tell the tab's request, running or waiting in the queue, to end."""
+        if tab in self._events:
+            self._events[tab].set()
+
+    def leave(self, tab: str | None) -> None:
+        """Stop for good: the tab was closed."""
+        self.stop(tab)
+        self._events.pop(tab, None)
+
+    def of(self, tab: str | None) -> threading.Event:
+        """The signal of the tab's request; already set if the tab has gone."""
+        gone = threading.Event()
+        gone.set()
+        return self._events.get(tab, gone)
+
+
+def build_ui(generator: Generator, adapters_dir: Path) -> gr.Blocks:
+    """Build the page.
+
+    Args:
+        generator: makes the pictures.
+        adapters_dir: folder in which adapters are looked for, again at every refresh.
+
+    Returns:
+        Blocks with the queue set up; launch them with `theme=THEME, css=CSS`.
+    """
+    signals = StopSignals()
+    page = gr.Blocks(title="Lily", analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600))
+    with page:
+        gr.HTML(
+            f"<div class='lily-head'><h1>Lily</h1><p>Pictures of your subject · base model "
+            f"<b>{html.escape(generator.base)}</b> on {generator.device}, {str(generator.dtype)[6:]}</p></div>"
+        )
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=340):
+                fields, about, refresh = _controls(generator)
+                with gr.Row():
+                    go = gr.Button("Generate", variant="primary", scale=2, elem_id="generate")
+                    stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+            with gr.Column(scale=7, min_width=420):
+                status = gr.HTML("Ready.", elem_id="status", elem_classes="lily-about")
+                gallery = gr.Gallery(
+                    label="Pictures", columns=2, height="auto", object_fit="contain", format="png", elem_id="gallery"
+                )
+                slider = gr.ImageSlider(
+                    label="Without the adapter (left) and with it (right), same seed",
+                    format="png",
+                    type="pil",
+                    interactive=False,
+                    visible=False,
+                    elem_id="comparison",
+                )
+        pairs = gr.State([])
+        _wire_adapters(page, adapters_dir, fields, about, refresh)
+        _wire_generation(generator, signals, fields, (go, stop), (gallery, slider, status, pairs))
+
+        def leave(tab: gr.Request) -> None:
+            signals.leave(tab.session_hash)
+
+        page.unload(leave)
+    page.queue(default_concurrency_limit=1, max_size=16)
+    return page
+
+
+def _controls(generator: Generator) -> tuple[dict[str, Any], gr.HTML, gr.Button]:
+    """Lay out the left column; the fields' names are those of `Request`."""
+    size = generator.default_size
+    with gr.Row():
+        adapter = gr.Dropdown([(NO_ADAPTER, "")], value="", label="Adapter", scale=5, elem_id="adapter")
+        refresh = gr.Button("Refresh", size="sm", scale=1, min_width=90, elem_classes="lily-refresh", elem_id="refresh")
+    about = gr.HTML(elem_classes="lily-about", elem_id="about")
+    fields = {
+        "adapter": adapter,
+        "strength": gr.Slider(0, 2, value=1, step=0.05, label="Strength", info="1 is as trained, 0 is the base model"),
+        "prompt": gr.Textbox(label="Prompt", lines=3, placeholder="a photo of sks dog in the snow", elem_id="prompt"),
+        "negative_prompt": gr.Textbox(label="Negative prompt", placeholder="blurry, low quality", elem_id="negative"),
+    }
+    with gr.Row():
+        fields["steps"] = gr.Slider(1, 200, value=30, step=1, label="Steps", min_width=140, elem_id="steps")
+        fields["guidance"] = gr.Slider(1, 20, value=5, step=0.1, label="Guidance", min_width=140)
+    with gr.Row():
+        fields["width"] = gr.Number(size, label="Width", precision=0, step=SIZE_STEP, min_width=90, elem_id="width")
+        fields["height"] = gr.Number(size, label="Height", precision=0, step=SIZE_STEP, min_width=90)
+        fields["seed"] = gr.Number(-1, label="Seed (-1: random)", precision=0, min_width=110, elem_id="seed")
+    fields["count"] = gr.Slider(1, 16, value=2, step=1, label="Number of pictures", elem_id="count")
+    fields["compare"] = gr.Checkbox(
+        True, label="Compare", info="draws every picture a second time without the adapter, from the same seed"
+    )
+    return fields, about, refresh
+
+
+def _wire_adapters(page: gr.Blocks, folder: Path, fields: dict[str, Any], about: gr.HTML, refresh: gr.Button) -> None:
+    """Fill the list of adapters when the page opens and at 'Refresh'; describe the chosen one."""
+
+    def refill(chosen: str) -> tuple[Any, str]:
+        try:
+            found = find_adapters(folder)
+        except GeneratorError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        for problem in found.problems[:3]:
+            gr.Warning(html.escape(problem))
+        choices = [(NO_ADAPTER, "")] + [(adapter.name, str(adapter.path)) for adapter in found.adapters]
+        kept = chosen if chosen in dict(map(reversed, choices)) else ""  # type: ignore[arg-type]
+        text = _describe(_find(folder, kept)) if kept else _summary(folder, len(found.adapters), found.problems)
+        return gr.update(choices=choices, value=kept), text
+
+    def choose(chosen: str, prompt: str) -> tuple[str, str]:
+        adapter = _find(folder, chosen)
+        if adapter is None:
+            return "The base model alone.", prompt
+        return _describe(adapter), prompt if prompt.strip() else adapter.instance_prompt
+
+    shown = [fields["adapter"], about]
+    for trigger in (page.load, refresh.click):
+        trigger(refill, fields["adapter"], shown, show_progress="hidden", api_visibility="private", concurrency_limit=4)
+    fields["adapter"].input(
+        choose,
+        [fields["adapter"], fields["prompt"]],
+        [about, fields["prompt"]],
+        show_progress="hidden",
+        api_visibility="private",
+        concurrency_limit=4,
+    )
+
+
+def _find(folder: Path, chosen: str) -> AdapterInfo | None:
+    """The adapter behind a choice of the list, read again from its file."""
+    return next((adapter for adapter in find_adapters(folder).adapters if str(adapter.path) == chosen), None)
+
+
+def _describe(adapter: AdapterInfo | None) -> str:
+    """What a header says about an adapter; headers may come from strangers, so everything is escaped."""
+    if adapter is None:
+        return "The base model alone."
+    facts = [("prompt", adapter.instance_prompt), ("base model", adapter.base_model), ("steps", adapter.steps)]
+    lines = [f"{name} <b>{html.escape(value)}</b>" for name, value in facts if value]
+    return "Trained with " + " · ".join([*lines, f"rank <b>{adapter.rank}</b>"])
+
+
+def _summary(folder: Path, number: int, problems: list[str]) -> str:
+    """What a search found, with every file that could not be read."""
+    head = f"{number or 'No'} adapter{'' if number == 1 else 's'} in <b>{html.escape(str(folder))}</b>."
+    return head + "".join(f"<br><span class='fault'>{html.escape(problem)}</span>" for problem in problems)
+
+
+def _wire_generation(
+    generator: Generator,
+    signals: StopSignals,
+    fields: dict[str, Any],
+    buttons: tuple[gr.Button, gr.Button],
+    results: tuple[gr.Gallery, gr.ImageSlider, gr.HTML, gr.State],
+) -> None:
+    """Join Generate, Stop and the gallery to the generator."""
+    go, stop = buttons
+    gallery, slider, status, pairs = results
+
+    def begin(tab: gr.Request) -> tuple[Any, Any, str]:
+        signals.begin(tab.session_hash)
+        return gr.update(interactive=False), gr.update(interactive=True), "Waiting for the model …"
+
+    def run(
+        values: dict[Any, Any], tab: gr.Request, progress: gr.Progress = PROGRESS
+    ) -> Iterator[tuple[Any, Any, str, Pairs]]:
+        request = Request(**{name: values[field] for name, field in fields.items()})
+        request = replace(request, adapter=request.adapter or None)  # the list's "" stands for no adapter
+        yield from _run(generator, request, signals.of(tab.session_hash), progress)
+
+    def interrupt(tab: gr.Request) -> tuple[Any, str]:
+        signals.stop(tab.session_hash)
+        return gr.update(interactive=False), "Stopping …"
+
+    def finish() -> tuple[Any, Any]:
+        return gr.update(interactive=True), gr.update(interactive=False)
+
+    def compare(shown: Pairs, event: gr.SelectData) -> Any:
+        return gr.update(value=shown[event.index]) if event.index < len(shown) else gr.skip()
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    started = go.click(begin, None, [go, stop, status], queue=False, **quiet)
+    drawn = started.then(
+        run, set(fields.values()), [gallery, slider, status, pairs], show_progress_on=status, api_visibility="private"
+    )
+    drawn.then(finish, None, [go, stop], queue=False, **quiet)
+    # Not `cancels=`: that drops the event and leaves the computation running.
+    stop.click(interrupt, None, [stop, status], queue=False, **quiet)
+    gallery.select(compare, pairs, slider, queue=False, **quiet)
+
+
+def _run(
+    generator: Generator, request: Request, stopped: threading.Event, progress: gr.Progress
+) -> Iterator[tuple[Any, Any, str, Pairs]]:
+    """Draw a request's pictures and yield what the page shows after each of them."""
+    begun = time.monotonic()
+
+    def on_step(done: int, total: int, index: int) -> None:
+        left = (time.monotonic() - begun) / done * (total - done)
+        progress((done, total), desc=f"Picture {index + 1} of {request.count} · {_duration(left)} left", unit="steps")
+
+    pictures: list[tuple[Image.Image, str]] = []
+    pairs: Pairs = []
+    yield [], gr.update(visible=False, value=None), "", pairs
+    try:
+        for picture in generator.generate(request, on_step, stopped.is_set):
+            pictures.append((picture.image, f"seed {picture.seed}"))
+            if picture.baseline is not None:
+                pairs.append((picture.baseline, picture.image))
+            first = gr.update(visible=True, value=pairs[0]) if len(pairs) == 1 else gr.skip()
+            yield pictures, first, "", pairs
+    except GeneratorError as error:
+        yield gr.skip(), gr.skip(), f"<span class='fault'>{html.escape(str(error))}</span>", pairs
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+    except Exception as error:
+        log.exception("drawing failed")
+        yield gr.skip(), gr.skip(), "<span class='fault'>Drawing failed.</span>", pairs
+        raise gr.Error(f"drawing failed ({type(error).__name__}); the terminal shows where.") from error
+    made = f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'}"
+    if stopped.is_set():
+        text = f"Stopped with {made} of {request.count} finished."
+    else:
+        text = f"{made} in {_duration(time.monotonic() - begun)}."
+    yield gr.skip(), gr.skip(), text, pairs
+
+
+def _duration(seconds: float) -> str:
+    """Say a duration as a person would: '8 s', '3 min 20 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

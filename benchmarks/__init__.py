@@ -1,0 +1,1 @@
+"""Benchmarks: our adapter against its peers, all in one process (`python -m benchmarks.speed --help`)."""

@@ -1,0 +1,117 @@
+"""The methods that a benchmark compares: the base UNet, PEFT's LoRA, PEFT's Lily, and ours.
+
+Each is one function that changes a view of the UNet in place (`unets.share_weights`); adding a peer
+is adding one entry to `METHODS`. May import torch, diffusers, peft, safetensors and `lily_diffusers`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import nn
+
+from lily_diffusers import LilyConfig, inject_lily, save_lily_weights
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What the adapters of all methods have in common (LoRA takes r only).
+
+    Attributes:
+        r: rank.
+        stride_A: how many consecutive slots share one A.
+        num_B: experts in a pool.
+        router: our router kind; PEFT's Lily has one kind, our 'batch'.
+    """
+
+    r: int = 32
+    stride_A: int = 4
+    num_B: int = 4
+    router: str = "token"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a method left on its view.
+
+    Attributes:
+        parameters: the trainable ones, each once, float32.
+        stored_bytes: size of the file that the method's own save writes, in float32.
+    """
+
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    stored_bytes: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return list({id(p): p for p in parameters if p.requires_grad}.values())
+
+
+def _base(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
+    return Applied()
+
+
+def _peft(unet: UNet2DConditionModel, config: peft.PeftConfig) -> Applied:
+    """Inject a PEFT adapter as diffusers does, and weigh its state dict as PEFT saves it: shared tensors cloned."""
+    peft.inject_adapter_in_model(config, unet, adapter_name="default")
+    state = {key: value.clone() for key, value in peft.get_peft_model_state_dict(unet, adapter_name="default").items()}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter_model.safetensors"
+        save_file(state, file)
+        return Applied(_trainable(unet.parameters()), file.stat().st_size)
+
+
+def _lora(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
+    return _peft(unet, peft.LoraConfig(r=options.r, lora_alpha=options.r, target_modules=TARGETS))
+
+
+def _peft_lily(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
+    config = peft.LilyConfig(
+        r=options.r, stride_A=options.stride_A, num_B=options.num_B, scaling=1.0, target_modules=TARGETS
+    )
+    return _peft(unet, config)
+
+
+def _lily(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
+    config = LilyConfig(r=options.r, stride_A=options.stride_A, num_B=options.num_B, router=options.router)
+    bank = inject_lily(unet, config)
+    with tempfile.TemporaryDirectory() as folder:
+        return Applied(_trainable(bank.parameters()), save_lily_weights(unet, folder).stat().st_size)
+
+
+METHODS: dict[str, Callable[[UNet2DConditionModel, AdapterOptions], Applied]] = {
+    "base": _base,
+    "lora": _lora,
+    "peft_lily": _peft_lily,
+    "lily": _lily,
+}
+"""Name -> function that puts the method on a view of the UNet."""
+
+
+def fill_zeros(parameters: Iterable[nn.Parameter], std: float = 0.01, seed: int = 0) -> None:
+    """Replace every parameter that starts as all zeros (the B's), so that no method's work is trivially zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def set_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Convert parameters in place, whoever holds them."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,110 @@
+"""The attention processor: scaled dot-product attention plus the deltas of the active banks.
+
+A processor is a plain callable that holds references; parameters are owned by the banks on the UNet.
+Imports `functional`, `targets` and `bank`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from . import functional
+from .bank import LilyBank
+
+
+@dataclass(eq=False)
+class ActiveBanks:
+    """Which adapters a UNet applies now, shared by all its processors.
+
+    Attributes:
+        banks: pairs of a bank and its strength, in the order in which their deltas are added.
+    """
+
+    banks: list[tuple[LilyBank, float]] = field(default_factory=list)
+
+
+class LilyAttnProcessor:
+    """Compute one attention layer with the adapters that are active.
+
+    Without an active adapter, or with updates of zero, the result equals that of diffusers'
+    `AttnProcessor2_0` bit for bit.
+
+    Args:
+        name: the attention layer's name in the UNet.
+        active: the UNet's active banks.
+    """
+
+    def __init__(self, name: str, active: ActiveBanks) -> None:
+        self.name = name
+        self.active = active
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        lily_scale: float = 1.0,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            attn: the layer, whose frozen projections are used.
+            hidden_states: (b, n, i).
+            encoder_hidden_states: (b, m, context width), or None for self-attention.
+            attention_mask: additive, (b·heads, 1 or n, m) or (b, 1, m), as diffusers passes it.
+            temb: not used; diffusers passes it to every processor.
+            lily_scale: strength of all adapters in this call, through
+                `cross_attention_kwargs={"lily_scale": 0.8}`.
+
+        Returns:
+            (b, n, i).
+        """
+        residual = hidden_states
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+
+        query, key, value = self._project(
+            {"to_q": (attn.to_q, hidden_states), "to_k": (attn.to_k, context), "to_v": (attn.to_v, context)}, lily_scale
+        )
+        # (b, heads, n or m, head width)
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if attention_mask is not None:
+            b, m = context.shape[:2]
+            attention_mask = attn.prepare_attention_mask(attention_mask, m, b)
+            attention_mask = attention_mask.view(b, attn.heads, -1, attention_mask.shape[-1])
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        attended = attended.transpose(1, 2).flatten(2).to(query.dtype)  # (b, n, heads·head width)
+
+        (output,) = self._project({"to_out.0": (attn.to_out[0], attended)}, lily_scale)
+        output = attn.to_out[1](output)
+        if attn.residual_connection:
+            output = output + residual
+        return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
+
+    def _project(self, work: dict[str, tuple[nn.Module, Tensor]], scale: float) -> list[Tensor]:
+        """Apply frozen projections to their inputs, (b, n, i) each, and add every active bank's updates.
+
+        Returns:
+            (b, n, o) for each projection, in the order of `work`.
+        """
+        outputs = {projection: frozen(x) for projection, (frozen, x) in work.items()}
+        for bank, strength in self.active.banks:
+            for read in bank.reads.get(self.name, ()):
+                first = read.projections[0]
+                if first not in work:
+                    continue
+                h, M = bank.deltas(work[first][1], read, scale * strength)
+                for j, projection in enumerate(read.projections):
+                    outputs[projection] = functional.add_delta(outputs[projection], h[j], M[j])
+        return list(outputs.values())
