@@ -42,7 +42,8 @@ def main() -> None:
     from app.ui import CSS, THEME, build_ui
 
     try:
-        find_adapters(args.adapters)  # a missing folder is said before the base takes minutes to load
+        found = find_adapters(args.adapters)  # a missing folder is said before the base takes minutes to load
+        print(f"adapters in {args.adapters}: {len(found.adapters)}", *found.problems, sep="\n", flush=True)
         print(f"loading {args.base} ...", flush=True)
         generator = Generator(args.base, args.device, args.dtype, args.revision, args.variant)
     except GeneratorError as error:

@@ -39,18 +39,19 @@ def load_base(base: str, dtype: torch.dtype, revision: str | None, variant: str 
         raise GeneratorError(
             f"base '{base}' has no model_index.json; give a folder that diffusers' save_pretrained wrote."
         )
-    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    if not folder.exists() and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base):
         raise GeneratorError(f"base '{base}' is neither a folder that exists nor a hub id such as 'owner/name'.")
     where = str(folder) if folder.exists() else base
     try:
         kind = StableDiffusionXLPipeline.load_config(where, revision=revision)["_class_name"]
         if not str(kind).startswith("StableDiffusionXL"):
             raise GeneratorError(f"base '{base}' is a {kind}; Lily's adapters are for SDXL, so give an SDXL model.")
-        return StableDiffusionXLPipeline.from_pretrained(where, torch_dtype=dtype, revision=revision, variant=variant)
+        return StableDiffusionXLPipeline.from_pretrained(where, dtype=dtype, revision=revision, variant=variant)
     except GeneratorError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        raise GeneratorError(f"base '{base}' cannot be loaded: {_first_line(error)}") from error
+        missing = "" if folder.exists() else "is not a folder here and "
+        raise GeneratorError(f"base '{base}' {missing}cannot be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from lily_diffusers.checkpoint import WEIGHT_NAME, LilyFileError, read_header
+from lily_diffusers.checkpoint import FORMAT, WEIGHT_NAME, LilyFileError, read_header
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ def find_adapters(folder: Path) -> Catalogue:
                 continue
             header = read_header(file)
         except (LilyFileError, OSError) as error:
-            log.warning("%s", error)
-            problems.append(f"{shown}: {error}")
+            log.info("%s", error)
+            problems.append(str(error).replace(str(file), f"'{shown}'"))
             continue
         told = header.metadata.get
         adapters.append(
@@ -99,7 +99,7 @@ def _is_lily_file(file: Path) -> bool:
     """Read the header's format; a file whose header cannot be read passes, so that `read_header` names the fault."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return (opened.metadata() or {}).get("format") == "lily_diffusers"
+            return (opened.metadata() or {}).get("format") == FORMAT
     except SafetensorError:
         return True
 

@@ -202,7 +202,7 @@ class Generator:
                 name = load_lily_weights(self.pipe, path, adapter_name=f"page_{self._names}")
                 self._loaded[request.adapter] = (name, stamp)
         except (OSError, ValueError) as error:
-            raise GeneratorError(f"adapter '{path}' cannot be loaded: {error}") from error
+            raise GeneratorError(str(error)) from error  # a sentence that names the file
         set_lily_adapters(self.pipe, self._loaded[request.adapter][0], request.strength)
 
     def _draw(

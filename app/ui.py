@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
@@ -25,23 +25,42 @@ log = logging.getLogger(__name__)
 
 NO_ADAPTER = "none (base model)"
 
+# Fonts of the visitor's machine: a page on 127.0.0.1 should not call a font server.
 THEME = gr.themes.Soft(
     primary_hue="teal",
     secondary_hue="teal",
     neutral_hue="slate",
-    radius_size="md",
-    # Fonts of the visitor's machine: a page on 127.0.0.1 should not call a font server.
     font=["Inter", "ui-sans-serif", "system-ui", "sans-serif"],
     font_mono=["ui-monospace", "SFMono-Regular", "monospace"],
+).set(
+    body_background_fill="*neutral_50",
+    body_text_color_subdued="*neutral_500",
+    block_title_background_fill="transparent",
+    block_title_background_fill_dark="transparent",
+    block_title_padding="0",
+    block_title_text_color="*body_text_color",
+    block_title_text_color_dark="*body_text_color",
+    block_title_text_weight="500",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    button_primary_background_fill_dark="*primary_600",
+    button_primary_background_fill_hover_dark="*primary_700",
+    button_secondary_background_fill_hover_dark="*neutral_600",
 )
 
 CSS = """
 .lily-head h1 { font-size: 1.5rem; font-weight: 600; margin: 0; }
-.lily-head p, .lily-about { color: var(--body-text-color-subdued); font-size: .9rem; line-height: 1.5; margin: 0; }
-.lily-about b { color: var(--body-text-color); font-weight: 500; }
-.lily-about .fault { color: var(--error-text-color); }
-.lily-refresh { align-self: end; }
-#status { min-height: 3.5rem; }
+.lily-head p, .lily-note, .lily-note * { color: var(--body-text-color-subdued); font-size: .9rem; line-height: 1.5; }
+.lily-head b, .lily-note b { color: var(--body-text-color); font-weight: 500; }
+.lily-note .fault { color: var(--error-text-color); overflow-wrap: anywhere; }
+.lily-card, .lily-card .styler, .lily-card .form { background: var(--block-background-fill) !important; }
+#refresh { align-self: end; margin: 0 .6rem .7rem 0; }
+.dark .lily-note .fault { color: #fca5a5; }
+#status { min-height: 3.4rem; align-content: center; }
+/* Gradio writes its step counter over the bar; the description beside it says the same. */
+#status .progress-text:has(+ .progress-level) { display: none; }
+#status .progress-level-inner { font-family: var(--font); font-variant-numeric: tabular-nums; }
+#gallery .grid-wrap { min-height: 0; max-height: none; }
 """
 
 PROGRESS = gr.Progress()
@@ -89,34 +108,35 @@ def build_ui(generator: Generator, adapters_dir: Path) -> gr.Blocks:
         Blocks with the queue set up; launch them with `theme=THEME, css=CSS`.
     """
     signals = StopSignals()
-    page = gr.Blocks(title="Lily", analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600))
+    page = gr.Blocks(title="Lily", analytics_enabled=False, delete_cache=(3600, 24 * 3600))
     with page:
-        gr.HTML(
-            f"<div class='lily-head'><h1>Lily</h1><p>Pictures of your subject · base model "
-            f"<b>{html.escape(generator.base)}</b> on {generator.device}, {str(generator.dtype)[6:]}</p></div>"
-        )
+        gr.HTML(_heading(generator))
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=340):
-                fields, about, refresh = _controls(generator)
-                with gr.Row():
-                    go = gr.Button("Generate", variant="primary", scale=2, elem_id="generate")
-                    stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+                fields, about, buttons = _controls(generator)
             with gr.Column(scale=7, min_width=420):
-                status = gr.HTML("Ready.", elem_id="status", elem_classes="lily-about")
+                status = gr.HTML("Ready.", elem_id="status", elem_classes="lily-note")
                 gallery = gr.Gallery(
-                    label="Pictures", columns=2, height="auto", object_fit="contain", format="png", elem_id="gallery"
-                )
-                slider = gr.ImageSlider(
-                    label="Without the adapter (left) and with it (right), same seed",
+                    show_label=False,
+                    columns=2,
+                    fit_columns=False,
+                    height="auto",
+                    object_fit="contain",
                     format="png",
-                    type="pil",
-                    interactive=False,
-                    visible=False,
-                    elem_id="comparison",
+                    elem_id="gallery",
                 )
+                with gr.Column(visible=False) as comparison:
+                    gr.HTML(
+                        "Without the adapter (left) and with it (right), from the same seed",
+                        padding=True,
+                        elem_classes="lily-note",
+                    )
+                    slider = gr.ImageSlider(
+                        show_label=False, format="png", type="pil", interactive=False, elem_id="comparison"
+                    )
         pairs = gr.State([])
-        _wire_adapters(page, adapters_dir, fields, about, refresh)
-        _wire_generation(generator, signals, fields, (go, stop), (gallery, slider, status, pairs))
+        _wire_adapters(page, adapters_dir, fields, about, buttons.refresh)
+        _wire_generation(generator, signals, fields, buttons, (gallery, comparison, slider, status, pairs))
 
         def leave(tab: gr.Request) -> None:
             signals.leave(tab.session_hash)
@@ -126,31 +146,60 @@ def build_ui(generator: Generator, adapters_dir: Path) -> gr.Blocks:
     return page
 
 
-def _controls(generator: Generator) -> tuple[dict[str, Any], gr.HTML, gr.Button]:
+def _heading(generator: Generator) -> str:
+    """The page's title and what it draws with; a base in a folder goes by the folder's name."""
+    base = Path(generator.base).name if Path(generator.base).is_dir() else generator.base
+    where = f"{generator.device}, {str(generator.dtype).removeprefix('torch.')}"
+    return (
+        "<div class='lily-head'><h1>Lily</h1>"
+        f"<p>Pictures of your subject · base model <b>{html.escape(base)}</b> on {where}</p></div>"
+    )
+
+
+class Buttons(NamedTuple):
+    """The page's buttons."""
+
+    go: gr.Button
+    stop: gr.Button
+    refresh: gr.Button
+
+
+def _controls(generator: Generator) -> tuple[dict[str, Any], gr.HTML, Buttons]:
     """Lay out the left column; the fields' names are those of `Request`."""
     size = generator.default_size
+    fields: dict[str, Any] = {}
+    with gr.Group(elem_classes="lily-card"):
+        with gr.Row():
+            fields["adapter"] = gr.Dropdown(
+                [(NO_ADAPTER, "")], value="", label="Adapter", scale=5, container=True, elem_id="adapter"
+            )
+            refresh = gr.Button("Refresh", size="sm", scale=1, min_width=90, elem_id="refresh")
+        about = gr.HTML(elem_classes="lily-note", elem_id="about", padding=True)
+        fields["strength"] = gr.Slider(
+            0, 2, value=1, step=0.05, label="Strength", info="1 is as trained, 0 is the base model"
+        )
+    with gr.Group(elem_classes="lily-card"):
+        fields["prompt"] = gr.Textbox(
+            label="Prompt", lines=3, placeholder="a photo of sks dog in the snow", elem_id="prompt"
+        )
+        fields["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="blurry, low quality")
     with gr.Row():
-        adapter = gr.Dropdown([(NO_ADAPTER, "")], value="", label="Adapter", scale=5, elem_id="adapter")
-        refresh = gr.Button("Refresh", size="sm", scale=1, min_width=90, elem_classes="lily-refresh", elem_id="refresh")
-    about = gr.HTML(elem_classes="lily-about", elem_id="about")
-    fields = {
-        "adapter": adapter,
-        "strength": gr.Slider(0, 2, value=1, step=0.05, label="Strength", info="1 is as trained, 0 is the base model"),
-        "prompt": gr.Textbox(label="Prompt", lines=3, placeholder="a photo of sks dog in the snow", elem_id="prompt"),
-        "negative_prompt": gr.Textbox(label="Negative prompt", placeholder="blurry, low quality", elem_id="negative"),
-    }
-    with gr.Row():
-        fields["steps"] = gr.Slider(1, 200, value=30, step=1, label="Steps", min_width=140, elem_id="steps")
-        fields["guidance"] = gr.Slider(1, 20, value=5, step=0.1, label="Guidance", min_width=140)
-    with gr.Row():
-        fields["width"] = gr.Number(size, label="Width", precision=0, step=SIZE_STEP, min_width=90, elem_id="width")
-        fields["height"] = gr.Number(size, label="Height", precision=0, step=SIZE_STEP, min_width=90)
-        fields["seed"] = gr.Number(-1, label="Seed (-1: random)", precision=0, min_width=110, elem_id="seed")
-    fields["count"] = gr.Slider(1, 16, value=2, step=1, label="Number of pictures", elem_id="count")
-    fields["compare"] = gr.Checkbox(
-        True, label="Compare", info="draws every picture a second time without the adapter, from the same seed"
-    )
-    return fields, about, refresh
+        go = gr.Button("Generate", variant="primary", scale=2, elem_id="generate")
+        stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+    with gr.Group(elem_classes="lily-card"):
+        with gr.Row():
+            fields["steps"] = gr.Slider(1, 200, value=30, step=1, label="Steps", min_width=140, elem_id="steps")
+            fields["guidance"] = gr.Slider(1, 20, value=5, step=0.1, label="Guidance", min_width=140)
+        with gr.Row():
+            fields["width"] = gr.Number(size, label="Width", precision=0, step=SIZE_STEP, min_width=90, elem_id="width")
+            fields["height"] = gr.Number(size, label="Height", precision=0, step=SIZE_STEP, min_width=90)
+        with gr.Row():
+            fields["seed"] = gr.Number(-1, label="Seed (-1: random)", precision=0, min_width=140, elem_id="seed")
+            fields["count"] = gr.Slider(1, 16, value=2, step=1, label="Pictures", min_width=140, elem_id="count")
+        fields["compare"] = gr.Checkbox(
+            True, label="Compare", info="Draw every picture a second time without the adapter, from the same seed"
+        )
+    return fields, about, Buttons(go, stop, refresh)
 
 
 def _wire_adapters(page: gr.Blocks, folder: Path, fields: dict[str, Any], about: gr.HTML, refresh: gr.Button) -> None:
@@ -161,8 +210,6 @@ def _wire_adapters(page: gr.Blocks, folder: Path, fields: dict[str, Any], about:
             found = find_adapters(folder)
         except GeneratorError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        for problem in found.problems[:3]:
-            gr.Warning(html.escape(problem))
         choices = [(NO_ADAPTER, "")] + [(adapter.name, str(adapter.path)) for adapter in found.adapters]
         kept = chosen if chosen in dict(map(reversed, choices)) else ""  # type: ignore[arg-type]
         text = _describe(_find(folder, kept)) if kept else _summary(folder, len(found.adapters), found.problems)
@@ -171,7 +218,7 @@ def _wire_adapters(page: gr.Blocks, folder: Path, fields: dict[str, Any], about:
     def choose(chosen: str, prompt: str) -> tuple[str, str]:
         adapter = _find(folder, chosen)
         if adapter is None:
-            return "The base model alone.", prompt
+            return _describe(None) if not chosen else _fault("this adapter is gone; refresh the list."), prompt
         return _describe(adapter), prompt if prompt.strip() else adapter.instance_prompt
 
     shown = [fields["adapter"], about]
@@ -197,7 +244,7 @@ def _describe(adapter: AdapterInfo | None) -> str:
     if adapter is None:
         return "The base model alone."
     facts = [("prompt", adapter.instance_prompt), ("base model", adapter.base_model), ("steps", adapter.steps)]
-    lines = [f"{name} <b>{html.escape(value)}</b>" for name, value in facts if value]
+    lines = [f"{name} <b>{html.escape(value)}</b>" for name, value in facts if value not in ("", "unknown")]
     return "Trained with " + " · ".join([*lines, f"rank <b>{adapter.rank}</b>"])
 
 
@@ -211,12 +258,12 @@ def _wire_generation(
     generator: Generator,
     signals: StopSignals,
     fields: dict[str, Any],
-    buttons: tuple[gr.Button, gr.Button],
-    results: tuple[gr.Gallery, gr.ImageSlider, gr.HTML, gr.State],
+    buttons: Buttons,
+    results: tuple[gr.Gallery, gr.Column, gr.ImageSlider, gr.HTML, gr.State],
 ) -> None:
     """Join Generate, Stop and the gallery to the generator."""
-    go, stop = buttons
-    gallery, slider, status, pairs = results
+    go, stop, _ = buttons
+    _, _, slider, status, pairs = results
 
     def begin(tab: gr.Request) -> tuple[Any, Any, str]:
         signals.begin(tab.session_hash)
@@ -224,14 +271,13 @@ def _wire_generation(
 
     def run(
         values: dict[Any, Any], tab: gr.Request, progress: gr.Progress = PROGRESS
-    ) -> Iterator[tuple[Any, Any, str, Pairs]]:
+    ) -> Iterator[tuple[Any, Any, Any, str, Pairs]]:
         request = Request(**{name: values[field] for name, field in fields.items()})
         request = replace(request, adapter=request.adapter or None)  # the list's "" stands for no adapter
         yield from _run(generator, request, signals.of(tab.session_hash), progress)
 
-    def interrupt(tab: gr.Request) -> tuple[Any, str]:
+    def interrupt(tab: gr.Request) -> None:
         signals.stop(tab.session_hash)
-        return gr.update(interactive=False), "Stopping …"
 
     def finish() -> tuple[Any, Any]:
         return gr.update(interactive=True), gr.update(interactive=False)
@@ -241,48 +287,65 @@ def _wire_generation(
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     started = go.click(begin, None, [go, stop, status], queue=False, **quiet)
-    drawn = started.then(
-        run, set(fields.values()), [gallery, slider, status, pairs], show_progress_on=status, api_visibility="private"
-    )
+    drawn = started.then(run, set(fields.values()), list(results), show_progress_on=status, api_visibility="private")
     drawn.then(finish, None, [go, stop], queue=False, **quiet)
     # Not `cancels=`: that drops the event and leaves the computation running.
-    stop.click(interrupt, None, [stop, status], queue=False, **quiet)
-    gallery.select(compare, pairs, slider, queue=False, **quiet)
+    # Two events in a row, so that 'Stopping …' cannot reach the page after the 'Stopped …' it leads to.
+    stopping = stop.click(
+        lambda: (gr.update(interactive=False), "Stopping …"), None, [stop, status], queue=False, **quiet
+    )
+    stopping.then(interrupt, None, None, queue=False, **quiet)
+    results[0].select(compare, pairs, slider, queue=False, **quiet)
 
 
 def _run(
     generator: Generator, request: Request, stopped: threading.Event, progress: gr.Progress
-) -> Iterator[tuple[Any, Any, str, Pairs]]:
+) -> Iterator[tuple[Any, Any, Any, str, Pairs]]:
     """Draw a request's pictures and yield what the page shows after each of them."""
     begun = time.monotonic()
+    first: list[float] = []  # when the first step was done: before it there may be a load and a warm-up
 
     def on_step(done: int, total: int, index: int) -> None:
-        left = (time.monotonic() - begun) / done * (total - done)
-        progress((done, total), desc=f"Picture {index + 1} of {request.count} · {_duration(left)} left", unit="steps")
+        if not first:
+            first.append(time.monotonic())
+        left = f" · {_duration((time.monotonic() - first[0]) / (done - 1) * (total - done))} left" if done > 1 else ""
+        progress((done, total), desc=f"Picture {index + 1} of {request.count} · step {done} of {total}{left}")
 
+    kept = (gr.skip(), gr.skip(), gr.skip())
     pictures: list[tuple[Image.Image, str]] = []
     pairs: Pairs = []
-    yield [], gr.update(visible=False, value=None), "", pairs
+    columns = 1 if request.count == 1 else 2  # fixed from the start, so that the page does not jump
+    yield gr.update(value=[], columns=columns), gr.update(visible=False), None, "", pairs
     try:
         for picture in generator.generate(request, on_step, stopped.is_set):
             pictures.append((picture.image, f"seed {picture.seed}"))
             if picture.baseline is not None:
                 pairs.append((picture.baseline, picture.image))
-            first = gr.update(visible=True, value=pairs[0]) if len(pairs) == 1 else gr.skip()
-            yield pictures, first, "", pairs
+            comparison = (gr.update(visible=True), pairs[0]) if len(pairs) == 1 else (gr.skip(), gr.skip())
+            yield pictures, *comparison, "", pairs
     except GeneratorError as error:
-        yield gr.skip(), gr.skip(), f"<span class='fault'>{html.escape(str(error))}</span>", pairs
-        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+        yield *kept, _fault(error), pairs
+        return
     except Exception as error:
         log.exception("drawing failed")
-        yield gr.skip(), gr.skip(), "<span class='fault'>Drawing failed.</span>", pairs
-        raise gr.Error(f"drawing failed ({type(error).__name__}); the terminal shows where.") from error
+        yield *kept, _fault(f"Drawing failed ({type(error).__name__}); the terminal shows where."), pairs
+        return
     made = f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'}"
     if stopped.is_set():
         text = f"Stopped with {made} of {request.count} finished."
     else:
         text = f"{made} in {_duration(time.monotonic() - begun)}."
-    yield gr.skip(), gr.skip(), text, pairs
+    yield *kept, text, pairs
+
+
+def _fault(reason: object) -> str:
+    """Show a reason as a notice, and return it for the status line, where it stays.
+
+    A raised `gr.Error` would put the word 'Error' over the pictures that are finished.
+    """
+    text = html.escape(str(reason))
+    gr.Warning(text, title="Not drawn")
+    return f"<span class='fault'>{text}</span>"
 
 
 def _duration(seconds: float) -> str:

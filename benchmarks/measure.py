@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def time_call(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleave(
-    calls: dict[str, Callable[[], object]], rounds: int, warmup: int, device: torch.device
+    calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Time every call once a round.
 
@@ -63,9 +63,13 @@ def interleave(
         names = list(calls)
         turn = k // 2 % len(names)
         names = names[turn:] + names[:turn]
-        for name in reversed(names) if k % 2 else names:
-            gc.collect()  # not in the middle of a timed call
-            samples[name].append(time_call(calls[name], device))
+        gc.collect()  # now, and not in the middle of a timed call
+        gc.disable()
+        try:
+            for name in reversed(names) if k % 2 else names:
+                samples[name].append(time_call(calls[name], device))
+        finally:
+            gc.enable()
     return samples
 
 

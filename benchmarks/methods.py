@@ -68,11 +68,13 @@ def _base(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
 def _peft(unet: UNet2DConditionModel, config: peft.PeftConfig) -> Applied:
     """Inject a PEFT adapter as diffusers does, and weigh its state dict as PEFT saves it: shared tensors cloned."""
     peft.inject_adapter_in_model(config, unet, adapter_name="default")
+    parameters = _trainable(unet.parameters())
+    set_dtype(parameters, torch.float32)  # they come in the UNet's dtype; diffusers' scripts do the same
     state = {key: value.clone() for key, value in peft.get_peft_model_state_dict(unet, adapter_name="default").items()}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "adapter_model.safetensors"
         save_file(state, file)
-        return Applied(_trainable(unet.parameters()), file.stat().st_size)
+        return Applied(parameters, file.stat().st_size)
 
 
 def _lora(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from .measure import MEMORY_LABELS, describe_machine, interleave, memory_growth, ratios
 from .methods import METHODS, AdapterOptions, Applied, fill_zeros, set_dtype
+from .report import format_report, summarise
 from .unets import UNETS, make_inputs, make_unet, share_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -194,24 +194,6 @@ def time_step(unet: UNet2DConditionModel, subjects: dict[str, Subject], args: ar
     return results
 
 
-def summarise(samples: dict[str, list[float]], name: str, growth: int | None, own: int) -> dict[str, Any]:
-    """Put one method's timings and memory together.
-
-    Args:
-        samples: seconds by method and round.
-        name: the method.
-        growth: of memory at the peak of one call (bytes), or None where it cannot be read.
-        own: UNet weights, adapter weights and optimiser state (bytes).
-    """
-    return {
-        "samples_s": samples[name],
-        "median_s": statistics.median(samples[name]),
-        "ratio": ratios(samples[name], samples["base"]),
-        "memory_growth_bytes": growth,
-        "memory_peak_bytes": None if growth is None else own + growth,
-    }
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the benchmark and return all figures, ready for JSON."""
     if args.threads:
@@ -238,41 +220,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "unet_parameters": sum(p.numel() for p in unet.parameters()),
         "machine": describe_machine(unet.device),
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
-        "memory": f"UNet weights + this adapter + its optimiser state + growth in a call ({MEMORY_LABELS[unet.device.type]})",
+        "memory": "UNet weights + this adapter + its optimiser state + growth in a call "
+        f"({MEMORY_LABELS[unet.device.type]})",
         "methods": results,
         "pairs": pairs,
     }
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """Lay the figures out as Markdown: what ran where, one table, the pairwise ratios."""
-    options, machine = report["options"], report["machine"]
-    phases = list(report["pairs"])
-    lines = [
-        f"{options['unet']} UNet ({report['unet_parameters']:,} parameters, {options['dtype']}), latent {options['latent']}, "
-        f"batch {options['batch']} (step: {options['train_batch']}), r={options['r']} stride_A={options['stride_A']} "
-        f"num_B={options['num_B']} router={options['router']}, {options['rounds']} rounds",
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads; "
-        + ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
-        "",
-        "| method |"
-        + "".join(f" {phase} (s) | / base | quartiles | memory (GB) |" for phase in phases)
-        + " trained | stored (MB) |",
-        "|---|" + "---:|---:|---:|---:|" * len(phases) + "---:|---:|",
-    ]
-    for name, result in report["methods"].items():
-        row = f"| {name} |"
-        for phase in phases:
-            timed, ratio = result[phase], result[phase]["ratio"]
-            peak = timed["memory_peak_bytes"]
-            row += f" {timed['median_s']:.4g} | {ratio['median']:.3f} | {ratio['q1']:.3f}–{ratio['q3']:.3f} |"
-            row += f" {'?' if peak is None else format(peak / 1e9, '.2f')} |"
-        lines.append(row + f" {result['parameters']:,} | {result['stored_bytes'] / 1e6:.1f} |")
-    lines += ["", f"Memory: {report['memory']}."]
-    for phase, pairs in report["pairs"].items():
-        for pair, ratio in pairs.items():
-            lines.append(f"{phase} {pair}: {ratio['median']:.3f} (quartiles {ratio['q1']:.3f}–{ratio['q3']:.3f})")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -74,7 +74,7 @@ def make_unet(name: str, dtype: torch.dtype, device: torch.device, seed: int = 0
         device: where they live.
         seed: of the weights.
     """
-    unet = UNETS[name]().to(dtype).to_empty(device=device)
+    unet = nn.Module.to(UNETS[name](), dtype).to_empty(device=device)  # diffusers' own .to() warns of nothing
     fill_weights(unet, seed)
     return unet.eval().requires_grad_(False)
 

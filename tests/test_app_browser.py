@@ -36,7 +36,12 @@ ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 QUIET += ("--disable-component-update", "--disable-sync")
-LOCAL = {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+LOCAL = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
 PROMPT = "a photo of sks dog"
 
 
@@ -185,7 +190,7 @@ def test_stop_ends_the_computation_and_the_next_request_works(page: sync_api.Pag
     set_number(page, "steps", 200)
     set_number(page, "count", 16)
     generate(page)
-    expect(page.locator("#status")).to_contain_text("steps")  # Gradio's progress bar counts
+    expect(page.locator("#status")).to_contain_text("of 3200")  # Gradio's progress bar counts
     pressed = time.monotonic()
     page.locator("#stop").click()
     expect(page.locator("#status")).to_contain_text("Stopped with")
@@ -221,7 +226,9 @@ def test_a_new_adapter_and_a_broken_one_appear_at_refresh(page: sync_api.Page, a
             (adapters / name / "pytorch_lily_weights.safetensors").write_bytes(data)
         page.locator("#refresh").click()
         expect(page.locator("#about")).to_contain_text("2 adapters in")
-        expect(page.locator("#about .fault")).to_contain_text("half-dog/pytorch_lily_weights.safetensors")
+        expect(page.locator("#about .fault")).to_contain_text(
+            "'half-dog/pytorch_lily_weights.safetensors' is truncated"
+        )
         choose_adapter(page, "new-dog")
         expect(page.locator("#about")).to_contain_text(PROMPT)
     finally:
@@ -240,6 +247,22 @@ def test_two_tabs_do_not_stop_each_other(page: sync_api.Page) -> None:
     other.locator("#stop").click()
     expect(page.locator("#status")).to_contain_text("4 pictures in")
     expect(other.locator("#status")).to_contain_text("Stopped with 0 pictures of 4 finished.")
+
+
+def test_a_closed_tab_stops_computing(page: sync_api.Page) -> None:
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.locator("#prompt textarea").fill("a long walk")
+    set_number(other, "steps", 200)
+    set_number(other, "count", 16)
+    generate(other)
+    expect(other.locator("#status")).to_contain_text("of 3200")
+    other.close()
+    page.locator("#prompt textarea").fill("a dog")
+    set_number(page, "steps", 2)
+    set_number(page, "count", 1)
+    generate(page)
+    expect(page.locator("#status")).to_contain_text("1 picture in", timeout=10_000)
 
 
 @pytest.mark.parametrize(
