@@ -55,7 +55,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     except (ValueError, ImportError) as error:
         raise TrainingError(f"cannot start with --mixed_precision={config.mixed_precision}: {error}") from error
     if config.report_to == "tensorboard" and not accelerator.log_with:
-        raise TrainingError("--report_to=tensorboard needs TensorBoard: pip install 'lily-diffusers[train]', or --report_to none.")
+        raise TrainingError(
+            "--report_to=tensorboard needs TensorBoard: pip install 'lily-diffusers[train]', or --report_to none."
+        )
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -68,7 +70,7 @@ def load_vae(config: TrainingConfig, accelerator: Accelerator, dtype: torch.dtyp
     other = config.pretrained_vae_model_name_or_path
     try:
         if other is not None:
-            vae = AutoencoderKL.from_pretrained(other, torch_dtype=dtype)
+            vae = AutoencoderKL.from_pretrained(other, dtype=dtype)
         else:
             vae = AutoencoderKL.from_pretrained(
                 config.pretrained_model_name_or_path, subfolder="vae", revision=config.revision, variant=config.variant
@@ -101,7 +103,7 @@ def main() -> None:
     # The frozen UNet in the training precision, the adapter on it in float32.
     model = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path, "revision": config.revision}
     noise_scheduler = DDPMScheduler.from_pretrained(**model, subfolder="scheduler")
-    unet = UNet2DConditionModel.from_pretrained(**model, subfolder="unet", variant=config.variant, torch_dtype=dtype)
+    unet = UNet2DConditionModel.from_pretrained(**model, subfolder="unet", variant=config.variant, dtype=dtype)
     unet.to(accelerator.device).requires_grad_(False)
     bank = inject_lily(unet, lily, generator=keyed_generator(config.seed, "adapter"))
     logger.info("%d photos; %s trainable parameters", len(photos), f"{sum(p.numel() for p in bank.parameters()):,}")

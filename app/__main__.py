@@ -39,7 +39,8 @@ def main() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     from app.catalogue import GeneratorError, find_adapters
     from app.generator import Generator
-    from app.ui import CSS, THEME, build_ui
+    from app.look import CSS, THEME
+    from app.ui import build_ui
 
     try:
         found = find_adapters(args.adapters)  # a missing folder is said before the base takes minutes to load

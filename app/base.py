@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -28,8 +29,11 @@ def pick_device(device: str | None) -> torch.device:
     return picked
 
 
-def load_base(base: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> StableDiffusionXLPipeline:
+def load_base(base: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
     """Load SDXL from a folder in diffusers' format or from the hub.
+
+    Returns:
+        The `StableDiffusionXLPipeline` (typed Any: diffusers' own types hide its methods).
 
     Raises:
         GeneratorError: with one sentence for each way in which that fails.

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from app.base import load_base, pick_device
@@ -108,7 +107,7 @@ class Generator:
         self.base = str(base)
         self.device = pick_device(device)
         self.dtype = getattr(torch, dtype or ("float16" if self.device.type == "cuda" else "float32"))
-        self.pipe = load_base(self.base, self.dtype, revision, variant).to(self.device)
+        self.pipe: Any = load_base(self.base, self.dtype, revision, variant).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self._lock = threading.Lock()
         self._loaded: dict[str, tuple[str, tuple[int, int]]] = {}  # file -> (adapter name, mtime and size)
@@ -140,9 +139,7 @@ class Generator:
         both = request.compare and request.adapter is not None
         done = 0
 
-        def step(
-            pipe: StableDiffusionXLPipeline, _step: int, _timestep: Any, tensors: dict[str, Any]
-        ) -> dict[str, Any]:
+        def step(pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal done
             done += 1
             # Some schedulers take more steps than were asked for; the pipeline knows the true number.
@@ -155,22 +152,23 @@ class Generator:
             try:
                 # Held for one picture and not for the request: a caller may drop this iterator half-way.
                 with self._turn(should_stop):
-                    self._activate(request)
-                    picture = Picture(
-                        self._draw(request, request.seed + index, step, request.adapter is not None),
-                        request.seed + index,
-                    )
-                    if both:
-                        try:
-                            baseline = self._draw(request, picture.seed, step, with_adapter=False)
-                            picture = replace(picture, baseline=baseline)
-                        except _Stopped:
-                            pass  # the picture itself is finished: hand it out, then end
+                    picture = self._picture(request, request.seed + index, step, both)
             except _Stopped:
                 return
             yield picture
             if should_stop():
                 return
+
+    def _picture(self, request: Request, seed: int, step: Callable[..., dict[str, Any]], both: bool) -> Picture:
+        """Draw the picture of one seed, and its baseline; a stop in the baseline keeps the picture."""
+        self._activate(request)
+        picture = Picture(self._draw(request, seed, step, with_adapter=request.adapter is not None), seed)
+        if not both:
+            return picture
+        try:
+            return replace(picture, baseline=self._draw(request, seed, step, with_adapter=False))
+        except _Stopped:
+            return picture
 
     @contextmanager
     def _turn(self, should_stop: ShouldStop) -> Iterator[None]:

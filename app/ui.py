@@ -25,44 +25,6 @@ log = logging.getLogger(__name__)
 
 NO_ADAPTER = "none (base model)"
 
-# Fonts of the visitor's machine: a page on 127.0.0.1 should not call a font server.
-THEME = gr.themes.Soft(
-    primary_hue="teal",
-    secondary_hue="teal",
-    neutral_hue="slate",
-    font=["Inter", "ui-sans-serif", "system-ui", "sans-serif"],
-    font_mono=["ui-monospace", "SFMono-Regular", "monospace"],
-).set(
-    body_background_fill="*neutral_50",
-    body_text_color_subdued="*neutral_500",
-    block_title_background_fill="transparent",
-    block_title_background_fill_dark="transparent",
-    block_title_padding="0",
-    block_title_text_color="*body_text_color",
-    block_title_text_color_dark="*body_text_color",
-    block_title_text_weight="500",
-    button_primary_background_fill="*primary_600",
-    button_primary_background_fill_hover="*primary_700",
-    button_primary_background_fill_dark="*primary_600",
-    button_primary_background_fill_hover_dark="*primary_700",
-    button_secondary_background_fill_hover_dark="*neutral_600",
-)
-
-CSS = """
-.lily-head h1 { font-size: 1.5rem; font-weight: 600; margin: 0; }
-.lily-head p, .lily-note, .lily-note * { color: var(--body-text-color-subdued); font-size: .9rem; line-height: 1.5; }
-.lily-head b, .lily-note b { color: var(--body-text-color); font-weight: 500; }
-.lily-note .fault { color: var(--error-text-color); overflow-wrap: anywhere; }
-.lily-card, .lily-card .styler, .lily-card .form { background: var(--block-background-fill) !important; }
-#refresh { align-self: end; margin: 0 .6rem .7rem 0; }
-.dark .lily-note .fault { color: #fca5a5; }
-#status { min-height: 3.4rem; align-content: center; }
-/* Gradio writes its step counter over the bar; the description beside it says the same. */
-#status .progress-text:has(+ .progress-level) { display: none; }
-#status .progress-level-inner { font-family: var(--font); font-variant-numeric: tabular-nums; }
-#gallery .grid-wrap { min-height: 0; max-height: none; }
-"""
-
 PROGRESS = gr.Progress()
 """Gradio gives a handler its progress bar where a parameter has such a default."""
 
@@ -74,6 +36,7 @@ class StopSignals:
     """One stop signal for each browser tab, so that Stop ends the computation of that tab alone."""
 
     def __init__(self) -> None:
+        """Start without any tab."""
         self._events: dict[str | None, threading.Event] = {}
 
     def begin(self, tab: str | None) -> None:
@@ -105,7 +68,7 @@ def build_ui(generator: Generator, adapters_dir: Path) -> gr.Blocks:
         adapters_dir: folder in which adapters are looked for, again at every refresh.
 
     Returns:
-        Blocks with the queue set up; launch them with `theme=THEME, css=CSS`.
+        Blocks with the queue set up; launch them with the theme and style of `app.look`.
     """
     signals = StopSignals()
     page = gr.Blocks(title="Lily", analytics_enabled=False, delete_cache=(3600, 24 * 3600))
@@ -211,7 +174,7 @@ def _wire_adapters(page: gr.Blocks, folder: Path, fields: dict[str, Any], about:
         except GeneratorError as error:
             raise gr.Error(str(error), print_exception=False) from error
         choices = [(NO_ADAPTER, "")] + [(adapter.name, str(adapter.path)) for adapter in found.adapters]
-        kept = chosen if chosen in dict(map(reversed, choices)) else ""  # type: ignore[arg-type]
+        kept = chosen if chosen in {value for _, value in choices} else ""
         text = _describe(_find(folder, kept)) if kept else _summary(folder, len(found.adapters), found.problems)
         return gr.update(choices=choices, value=kept), text
 
@@ -289,6 +252,8 @@ def _wire_generation(
     started = go.click(begin, None, [go, stop, status], queue=False, **quiet)
     drawn = started.then(run, set(fields.values()), list(results), show_progress_on=status, api_visibility="private")
     drawn.then(finish, None, [go, stop], queue=False, **quiet)
+    # Gradio 6 skips `then` after a failure, such as a full queue.
+    drawn.failure(lambda: (*finish(), "Not drawn."), None, [go, stop, status], queue=False, **quiet)
     # Not `cancels=`: that drops the event and leaves the computation running.
     # Two events in a row, so that 'Stopping …' cannot reach the page after the 'Stopped …' it leads to.
     stopping = stop.click(

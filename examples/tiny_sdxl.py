@@ -89,12 +89,18 @@ def make_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
                 sample_size=SIZE,
             ).eval(),
             text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=16, **text)).eval(),
-            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=32, projection_dim=32, **text)).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(
+                CLIPTextConfig(hidden_size=32, projection_dim=32, **text)
+            ).eval(),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             unet=make_unet().eval(),
             scheduler=EulerDiscreteScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                timestep_spacing="leading",
+                steps_offset=1,
             ),
             add_watermarker=False,
         )

@@ -86,7 +86,9 @@ def read_header(path: str | Path) -> Header:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise LilyFileError(f"{path} is truncated or not a safetensors file ({error}); copy or download it again.") from error
+        raise LilyFileError(
+            f"{path} is truncated or not a safetensors file ({error}); copy or download it again."
+        ) from error
     if metadata.get("format") != FORMAT:
         raise LilyFileError(
             f"{path} is not a Lily adapter: its header has format={metadata.get('format')!r}, not {FORMAT!r}. "
@@ -95,7 +97,8 @@ def read_header(path: str | Path) -> Header:
     found = metadata.get("format_version", "")
     if not found.isdigit() or int(found) > FORMAT_VERSION:
         raise LilyFileError(
-            f"{path} has format version {found!r}, and this lily-diffusers reads up to {FORMAT_VERSION}; upgrade it with "
+            f"{path} has format version {found!r}, and this lily-diffusers reads up to {FORMAT_VERSION}; "
+            "upgrade it with "
             "pip install -U lily-diffusers."
         )
     try:
@@ -179,10 +182,12 @@ def bank_to_save(unet: UNet2DConditionModel, adapter_name: str | None) -> LilyBa
     adapters = get_adapters(unet)
     names = list(adapters.banks) if adapters is not None else []
     if adapters is None or (adapter_name is not None and adapter_name not in names):
-        raise ValueError(f"no adapter named {adapter_name!r} to save; loaded are {', '.join(map(repr, names)) or 'none'}.")
+        raise ValueError(
+            f"no adapter named {adapter_name!r} to save; loaded are {', '.join(map(repr, names)) or 'none'}."
+        )
     if adapter_name is None and len(names) != 1:
-        raise ValueError(f"there are {len(names)} adapters ({', '.join(names)}); say which one to save with adapter_name.")
+        raise ValueError(
+            f"there are {len(names)} adapters ({', '.join(names)}); say which one to save with adapter_name."
+        )
     check_attached(unet)
-    bank = adapters.banks[adapter_name or names[0]]
-    assert isinstance(bank, LilyBank)
-    return bank
+    return adapters.bank(adapter_name or names[0])

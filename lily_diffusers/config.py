@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,15 +53,19 @@ class LilyConfig:
     )
     router: str = option(f"how experts are weighed. {_describe(ROUTERS)}", default="token", choices=list(ROUTERS))
     router_bias: bool = option("give every router that reads its input a learned bias as well", default=False)
-    router_sharing: str = option("one router per slot, per A, or per pool", default="slot", choices=list(ROUTER_SHARINGS))
+    router_sharing: str = option(
+        "one router per slot, per A, or per pool", default="slot", choices=list(ROUTER_SHARINGS)
+    )
     pool_scope: str = option(
-        "which slots share a pool of B's. 'shape': same projection and weight shape; 'output': same projection and output "
+        "which slots share a pool of B's. 'shape': same projection and weight shape; "
+        "'output': same projection and output "
         "width; 'width': same output width",
         default="shape",
         choices=list(POOL_SCOPES),
     )
     layer_order: str = option(
-        "order in which slots are neighbours. 'forward': down, mid, up; 'registration': the order of named_modules, as PEFT",
+        "order in which slots are neighbours. 'forward': down, mid, up; "
+        "'registration': the order of named_modules, as PEFT",
         default="forward",
         choices=list(LAYER_ORDERS),
     )
@@ -75,15 +80,21 @@ class LilyConfig:
             raise ValueError(f"scaling={self.scaling!r} must be a finite number; 1.0 is the usual start.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1.")
-        choices = {"router": ROUTERS, "init": INITS, "pool_scope": POOL_SCOPES}
-        choices |= {"router_sharing": ROUTER_SHARINGS, "layer_order": LAYER_ORDERS}
+        choices: dict[str, Iterable[str]] = {
+            "router": ROUTERS,
+            "init": INITS,
+            "pool_scope": POOL_SCOPES,
+            "router_sharing": ROUTER_SHARINGS,
+            "layer_order": LAYER_ORDERS,
+        }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in set(allowed):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
         unknown = [target for target in self.target_modules if target not in PROJECTIONS]
         if unknown or not self.target_modules:
             raise ValueError(
-                f"target_modules={list(self.target_modules)!r} must name some of {', '.join(PROJECTIONS)}, and nothing else."
+                f"target_modules={list(self.target_modules)!r} must name some of "
+                f"{', '.join(PROJECTIONS)}, and nothing else."
             )
         object.__setattr__(self, "target_modules", [name for name in PROJECTIONS if name in set(self.target_modules)])
         self._check_routing()
@@ -92,14 +103,18 @@ class LilyConfig:
         router, init = ROUTERS[self.router], INITS[self.init]
         if self.router_bias and not router.reads_input:
             raise ValueError(
-                f"router_bias=True does not go with router={self.router!r}, which does not read its input; leave it off."
+                f"router_bias=True does not go with router={self.router!r}, "
+                "which does not read its input; leave it off."
             )
         if init.needs_bias and not self.has_rho:
             way_out = "pass router_bias=True" if router.reads_input else "choose another router, or init='zero'"
-            raise ValueError(f"init={self.init!r} works through the routers' bias, and these routers have none; {way_out}.")
+            raise ValueError(
+                f"init={self.init!r} works through the routers' bias, and these routers have none; {way_out}."
+            )
         if init.needs_bias and self.router_sharing == "pool":
             raise ValueError(
-                f"init={self.init!r} gives slots of different depth different experts, but router_sharing='pool' leaves one "
+                f"init={self.init!r} gives slots of different depth different experts, "
+                "but router_sharing='pool' leaves one "
                 "router for all of them; use router_sharing='slot' or 'A'."
             )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -28,7 +28,13 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "lily"
 _REPLACEABLE = tuple(
     getattr(diffusers_processors, name)
-    for name in ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+    for name in (
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "FusedAttnProcessor2_0",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+    )
 )
 """Processors that compute plain attention, which ours computes as well."""
 
@@ -52,6 +58,10 @@ class LilyAdapters(nn.Module):
             unet.register_state_dict_post_hook(_leave_out_of_state_dict),
             unet.register_load_state_dict_post_hook(_not_missing_from_state_dict),
         ]
+
+    def bank(self, name: str) -> LilyBank:
+        """Return the bank of that name, which must be there."""
+        return cast(LilyBank, self.banks[name])
 
     def attach(self, unet: UNet2DConditionModel) -> None:
         """Install our processors wherever another one stands, remembering that one."""
@@ -119,13 +129,16 @@ def add_bank(
     """Do what `inject_lily` does, for callers that fill the bank themselves (loading)."""
     adapters = get_adapters(unet)
     if adapters is not None and adapter_name in adapters.banks:
-        raise ValueError(f"an adapter named '{adapter_name}' is already there; delete it first, or choose another adapter_name.")
+        raise ValueError(
+            f"an adapter named '{adapter_name}' is already there; delete it first, or choose another adapter_name."
+        )
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r} must be a name without dots, such as 'duck'.")
     device = next(unet.parameters()).device
     if device.type == "meta":
         raise ValueError(
-            "the UNet's weights are offloaded one by one (enable_sequential_cpu_offload), where shared adapter weights cannot "
+            "the UNet's weights are offloaded one by one (enable_sequential_cpu_offload), "
+            "where shared adapter weights cannot "
             "follow; use pipe.enable_model_cpu_offload() instead."
         )
     bank = LilyBank(find_slots(unet, config.target_modules, config.layer_order), config, generator).to(device)
@@ -178,9 +191,11 @@ def activate(unet: UNet2DConditionModel, names: Sequence[str], weights: Sequence
     adapters = _require(unet, names)
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names) or len(set(names)) != len(names):
-        raise ValueError(f"{len(names)} adapter names {list(names)} and {len(weights)} weights {weights}: give one weight a name.")
+        raise ValueError(
+            f"{len(names)} adapter names {list(names)} and {len(weights)} weights {weights}: give one weight a name."
+        )
     adapters.attach(unet)
-    adapters.active.banks = [(adapters.banks[name], float(weight)) for name, weight in zip(names, weights, strict=True)]
+    adapters.active.banks = [(adapters.bank(name), float(weight)) for name, weight in zip(names, weights, strict=True)]
 
 
 @contextmanager
@@ -208,7 +223,9 @@ def _require(unet: UNet2DConditionModel, names: Sequence[str]) -> LilyAdapters:
         raise ValueError("this UNet has no Lily adapter; load one with load_lily_weights() or inject_lily() first.")
     unknown = [name for name in names if name not in adapters.banks]
     if unknown:
-        raise ValueError(f"no adapter named {', '.join(map(repr, unknown))}; loaded are {', '.join(map(repr, adapters.banks))}.")
+        raise ValueError(
+            f"no adapter named {', '.join(map(repr, unknown))}; loaded are {', '.join(map(repr, adapters.banks))}."
+        )
     return adapters
 
 
@@ -222,7 +239,8 @@ def check_attached(unet: UNet2DConditionModel) -> None:
     replaced = adapters.replaced(unet) if adapters is not None else []
     if replaced:
         raise RuntimeError(
-            f"{len(replaced)} attention processors of the UNet were replaced after Lily was put on it, so the adapter would "
+            f"{len(replaced)} attention processors of the UNet were replaced after Lily was put on it, "
+            "so the adapter would "
             f"silently do nothing there: {', '.join(replaced[:3])}{', …' if len(replaced) > 3 else ''}. Calls such as "
             "set_attn_processor, fuse_qkv_projections, enable_attention_slicing or load_ip_adapter do that. Call "
             "set_lily_adapters(pipe, names) to put Lily back, or remove_lily(unet) to run without it."
@@ -234,7 +252,8 @@ def _check_before_forward(unet: UNet2DConditionModel, args: Any) -> None:
     for bank, _ in getattr(unet, _ATTRIBUTE).active.banks:
         if bank.A[0].is_meta:
             raise RuntimeError(
-                "the adapter's weights were offloaded one by one (enable_sequential_cpu_offload), where shared weights cannot "
+                "the adapter's weights were offloaded one by one (enable_sequential_cpu_offload), "
+                "where shared weights cannot "
                 "follow; use pipe.enable_model_cpu_offload() instead."
             )
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import huggingface_hub
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -20,7 +20,7 @@ from .checkpoint import WEIGHT_NAME, LilyFileError, bank_to_save, load_bank, sav
 
 logger = logging.getLogger(__name__)
 
-PipelineOrUNet = DiffusionPipeline | UNet2DConditionModel
+PipelineOrUNet: TypeAlias = DiffusionPipeline | UNet2DConditionModel
 
 
 def load_lily_weights(
@@ -162,7 +162,9 @@ def get_unet(pipe: Any) -> UNet2DConditionModel:
     unet = getattr(pipe, "unet", pipe)
     unet = getattr(unet, "_orig_mod", unet)
     if not isinstance(unet, UNet2DConditionModel):
-        raise TypeError(f"{type(pipe).__name__} has no UNet2DConditionModel; Lily works on SDXL pipelines and their UNets.")
+        raise TypeError(
+            f"{type(pipe).__name__} has no UNet2DConditionModel; Lily works on SDXL pipelines and their UNets."
+        )
     return unet
 
 
@@ -183,6 +185,7 @@ def _find_file(name_or_path: str | Path, *, weight_name: str, subfolder: str | N
     except (HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise LilyFileError(
-            f"'{name_or_path}' is neither a file nor a folder here, and as a hub id it gave no {weight_name} ({reason}); "
+            f"'{name_or_path}' is neither a file nor a folder here, and as a hub id it gave no {weight_name} "
+            f"({reason}); "
             "check the path or the id."
         ) from error

@@ -166,7 +166,9 @@ def find_slots(unet: UNet2DConditionModel, target_modules: Iterable[str], layer_
     wanted = [projection for projection in PROJECTIONS if projection in set(target_modules)]
     attentions = list(attention_modules(unet).items())
     if not attentions:
-        raise ValueError(f"{type(unet).__name__} has no attention layers, so there is nothing to adapt; pass an SDXL UNet.")
+        raise ValueError(
+            f"{type(unet).__name__} has no attention layers, so there is nothing to adapt; pass an SDXL UNet."
+        )
     if layer_order == "forward":
         attentions.sort(key=lambda item: _stage(item[0]))  # stable: keeps the order inside a stage
     slots = []
@@ -234,6 +236,7 @@ def _check_plain(name: str, attention: Attention) -> None:
     for feature in ("added_kv_proj_dim", "spatial_norm", "group_norm"):
         if getattr(attention, feature, None) is not None:
             raise ValueError(
-                f"attention layer '{name}' uses {feature}, which SDXL's UNet does not have and Lily's attention processor "
+                f"attention layer '{name}' uses {feature}, which SDXL's UNet does not have "
+                "and Lily's attention processor "
                 "does not compute; pass an SDXL UNet."
             )

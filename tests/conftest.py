@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,8 @@ from torch import nn
 
 from examples.tiny_sdxl import make_pipeline, make_unet
 
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where another process runs
+
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,11 +29,22 @@ def tiny_sdxl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def unet() -> UNet2DConditionModel:
-    """A fresh tiny UNet in eval mode, always with the same weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make_unet().eval()
+def tiny_unets() -> Callable[[int], list[UNet2DConditionModel]]:
+    """Make tiny UNets in eval mode, all with the same weights."""
+
+    def make(count: int) -> list[UNet2DConditionModel]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            first = make_unet().eval()
+        return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+
+    return make
+
+
+@pytest.fixture
+def unet(tiny_unets: Callable[[int], list[UNet2DConditionModel]]) -> UNet2DConditionModel:
+    """A fresh tiny UNet."""
+    return tiny_unets(1)[0]
 
 
 @pytest.fixture

@@ -9,19 +9,26 @@ import torch
 
 from lily_diffusers import functional
 
-S_, B_, N, I, O, R_, E = 3, 2, 5, 12, 10, 4, 3  # slots, batch, tokens, widths, rank, experts
+S_, B_, N, IN, OUT, R_, E = 3, 2, 5, 12, 10, 4, 3  # slots, batch, tokens, widths, rank, experts
 
 
 @pytest.fixture
 def tensors() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    shapes = {"x": (B_, N, I), "A": (S_, R_, I), "R": (S_, E, R_), "rho": (S_, E), "B": (S_, E, R_, O), "base": (S_, B_, N, O)}
+    shapes = {
+        "x": (B_, N, IN),
+        "A": (S_, R_, IN),
+        "R": (S_, E, R_),
+        "rho": (S_, E),
+        "B": (S_, E, R_, OUT),
+        "base": (S_, B_, N, OUT),
+    }
     return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
 
 
 def naive(t: dict[str, torch.Tensor], kind: str, scaling: float) -> torch.Tensor:
     """Eq. 1-4, one number at a time over samples, tokens and experts. Returns (s, b, n, o)."""
-    out = torch.empty(S_, B_, N, O)
+    out = torch.empty(S_, B_, N, OUT)
     for s in range(S_):
         votes = torch.empty(B_, N, E)
         scores = torch.empty(B_, N, E)
@@ -82,7 +89,9 @@ def test_routing_weights_are_float32_and_sum_to_one_in_half_precision(tensors: d
 def test_delta_weight_is_the_matrix_that_the_factors_apply(tensors: dict[str, torch.Tensor]) -> None:
     A, M = tensors["A"][0], tensors["B"][0, 0]
     expected = (tensors["x"] @ A.T) @ M
-    torch.testing.assert_close(torch.nn.functional.linear(tensors["x"], functional.delta_weight(A, M)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.nn.functional.linear(tensors["x"], functional.delta_weight(A, M)), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_similarity_tells_copies_from_orthogonal_experts() -> None:

@@ -98,7 +98,9 @@ def test_every_sharing_acts_and_counts_each_tensor_once(
     unet: UNet2DConditionModel, router_sharing: str, pool_scope: str, num_B: int
 ) -> None:
     base = output(unet)
-    bank = inject_lily(unet, LilyConfig(r=4, stride_A=3, num_B=num_B, router_sharing=router_sharing, pool_scope=pool_scope))
+    bank = inject_lily(
+        unet, LilyConfig(r=4, stride_A=3, num_B=num_B, router_sharing=router_sharing, pool_scope=pool_scope)
+    )
     perturb(bank)
     assert (output(unet) - base).norm() / base.norm() > 1e-3
     layout = bank.layout
@@ -123,7 +125,9 @@ def test_a_subset_of_projections_adapts_only_those(unet: UNet2DConditionModel) -
 def test_removal_restores_the_unet_exactly(unet: UNet2DConditionModel) -> None:
     base = output(unet)
     before = (dict(unet.attn_processors), list(unet.state_dict()), set(vars(unet)), list(unet._modules))
-    hooks = [len(getattr(unet, name)) for name in ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_post_hooks")]
+    hooks = [
+        len(getattr(unet, name)) for name in ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_post_hooks")
+    ]
     perturb(inject_lily(unet, LilyConfig(r=4)))
     assert not torch.equal(output(unet), base)
     assert list(unet.state_dict()) == before[1]  # the base's state dict never shows the adapter
@@ -131,7 +135,9 @@ def test_removal_restores_the_unet_exactly(unet: UNet2DConditionModel) -> None:
     remove_lily(unet)
     assert torch.equal(output(unet), base)
     assert (dict(unet.attn_processors), list(unet.state_dict()), set(vars(unet)), list(unet._modules)) == before
-    assert hooks == [len(getattr(unet, name)) for name in ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_post_hooks")]
+    assert hooks == [
+        len(getattr(unet, name)) for name in ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_post_hooks")
+    ]
     remove_lily(unet)  # nothing left to remove: no error
 
 
@@ -177,7 +183,11 @@ def test_diffusers_keeps_scale_to_itself(unet: UNet2DConditionModel) -> None:
 def test_replaced_processors_are_noticed_and_can_be_put_back(unet: UNet2DConditionModel, call: str) -> None:
     perturb(inject_lily(unet, LilyConfig(r=4), "duck"))
     expected = output(unet)
-    argument = {"set_attn_processor": [AttnProcessor2_0()], "fuse_qkv_projections": [], "set_attention_slice": ["auto"]}[call]
+    argument = {
+        "set_attn_processor": [AttnProcessor2_0()],
+        "fuse_qkv_projections": [],
+        "set_attention_slice": ["auto"],
+    }[call]
     getattr(unet, call)(*argument)
     with pytest.raises(RuntimeError, match=r"34 attention processors .* set_lily_adapters\(pipe, names\)"):
         output(unet)

@@ -1,1 +1,1 @@
-"""DreamBooth training with Lily: photos -> cache -> loop -> adapter. `train_dreambooth_lily.py` reads as its contents."""
+"""DreamBooth training with Lily: photos -> cache -> loop -> adapter. See `train_dreambooth_lily.py`."""

@@ -89,10 +89,13 @@ def encode(vae: AutoencoderKL, photo: Photo, crop, resolution: int) -> Encoded:
     """
     pixels = cut(photo, crop, resolution)[None].to(vae.device, vae.dtype)  # (1, 3, resolution, resolution)
     distribution = vae.encode(pixels).latent_dist
-    encoded = Encoded(distribution.mean[0].float().cpu(), distribution.std[0].float().cpu(), time_ids(photo, crop, resolution))
+    encoded = Encoded(
+        distribution.mean[0].float().cpu(), distribution.std[0].float().cpu(), time_ids(photo, crop, resolution)
+    )
     if not (encoded.mean.isfinite().all() and encoded.std.isfinite().all()):
         raise TrainingError(
-            f"the VAE's latents of {photo.path} are not finite in {vae.dtype}; leave --pretrained_vae_model_name_or_path out "
+            f"the VAE's latents of {photo.path} are not finite in {vae.dtype}; "
+            "leave --pretrained_vae_model_name_or_path out "
             "(the base's VAE then runs in float32), or name an fp16-safe VAE."
         )
     return encoded
@@ -145,7 +148,7 @@ def encode_prompts(
             vae=None,
             revision=config.revision,
             variant=config.variant,
-            torch_dtype=dtype,
+            dtype=dtype,
             add_watermarker=False,
         ).to(device)
     except (OSError, ValueError) as error:
@@ -161,6 +164,7 @@ def base_model_error(config: TrainingConfig, error: Exception) -> TrainingError:
     """Say in one sentence that the base model cannot be loaded, and why."""
     reason = str(error).strip().splitlines()[0]
     return TrainingError(
-        f"cannot load --pretrained_model_name_or_path={config.pretrained_model_name_or_path} as SDXL ({reason}); pass a local "
+        f"cannot load --pretrained_model_name_or_path={config.pretrained_model_name_or_path} as SDXL ({reason}); "
+        "pass a local "
         "folder in diffusers' format, or a hub id that is within reach."
     )

@@ -87,7 +87,9 @@ class Checkpoints:
             return 0
         folder = find_last(self.config.output) if wanted == "latest" else self._named(wanted)
         if folder is None:
-            logger.warning("--resume_from_checkpoint=latest: no whole checkpoint in %s; starting anew", self.config.output)
+            logger.warning(
+                "--resume_from_checkpoint=latest: no whole checkpoint in %s; starting anew", self.config.output
+            )
             return 0
         manifest = json.loads((folder / MANIFEST).read_text())
         self._check_same_run(folder, manifest)
@@ -99,17 +101,22 @@ class Checkpoints:
         folder = next((path for path in (self.config.output / wanted, Path(wanted)) if path.is_dir()), None)
         if folder is None or not is_whole(folder):
             state = "is half written" if folder is not None else "is not there"
-            raise TrainingError(f"--resume_from_checkpoint={wanted} {state}; use 'latest' for the last whole checkpoint.")
+            raise TrainingError(
+                f"--resume_from_checkpoint={wanted} {state}; use 'latest' for the last whole checkpoint."
+            )
         return folder
 
     def _check_same_run(self, folder: Path, manifest: dict) -> None:
         now = self._describe_run()
         changed = [
-            f"{name} was {before!r} and is {now[name]!r}" for name, before in manifest["run"].items() if now.get(name) != before
+            f"{name} was {before!r} and is {now[name]!r}"
+            for name, before in manifest["run"].items()
+            if now.get(name) != before
         ]
         if changed:
             raise TrainingError(
-                f"{folder} belongs to a run with other options: {'; '.join(changed)}. Set them back, or start anew in another "
+                f"{folder} belongs to a run with other options: {'; '.join(changed)}. Set them back, "
+                "or start anew in another "
                 "--output_dir."
             )
 
@@ -119,9 +126,11 @@ class Checkpoints:
         return run | dataclasses.asdict(self.bank.config)
 
     def _write_manifest(self, folder: Path, step: int) -> None:
-        files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+        files = {
+            str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
+        }
         text = json.dumps({"step": step, "run": self._describe_run(), "files": files}, indent=1)
-        write_atomically(folder / MANIFEST, lambda path: path.write_text(text) and None)
+        write_atomically(folder / MANIFEST, lambda path: path.write_text(text))
 
     def _prune(self) -> None:
         limit = self.config.checkpoints_total_limit

@@ -27,9 +27,12 @@ class TrainingConfig:
     pretrained_model_name_or_path: str = option("SDXL base model: a local folder in diffusers' format, or a hub id")
     instance_data_dir: str = option("folder with the photos of the subject")
     instance_prompt: str = option("prompt that names the subject with a rare word, such as 'a photo of sks dog'")
-    output_dir: str = option("folder for the adapter, checkpoints, logs and validation pictures", default="lily-dreambooth-model")
+    output_dir: str = option(
+        "folder for the adapter, checkpoints, logs and validation pictures", default="lily-dreambooth-model"
+    )
     pretrained_vae_model_name_or_path: str | None = option(
-        "another VAE, such as an fp16-safe one; it is then run in the training precision rather than in float32", default=None
+        "another VAE, such as an fp16-safe one; it is then run in the training precision rather than in float32",
+        default=None,
     )
     revision: str | None = option("revision of the base model on the hub", default=None)
     variant: str | None = option("variant of the base model's files, such as 'fp16'", default=None)
@@ -39,20 +42,25 @@ class TrainingConfig:
     center_crop: bool = option("crop photos at the centre rather than at random", default=False)
     random_flip: bool = option("mirror photos at random (not for subjects with a left and a right)", default=False)
     cache_latents: bool = option(
-        "encode the photos once and drop the VAE; without it, the VAE stays and every step encodes a fresh crop", default=True
+        "encode the photos once and drop the VAE; without it, the VAE stays and every step encodes a fresh crop",
+        default=True,
     )
     crop_variants: int = option("how many random crops of each photo the latent cache holds", default=8)
 
     train_batch_size: int = option("pictures per device in one forward", default=1)
     gradient_accumulation_steps: int = option("forwards per optimiser step", default=1)
     max_train_steps: int = option("optimiser steps", default=500)
-    gradient_checkpointing: bool = option("recompute activations in the backward pass: less memory, slower", default=False)
+    gradient_checkpointing: bool = option(
+        "recompute activations in the backward pass: less memory, slower", default=False
+    )
     mixed_precision: str | None = option(
         "precision of the frozen base; the adapter is trained in float32 always. Unset: what `accelerate config` says",
         default=None,
         choices=["no", "fp16", "bf16"],
     )
-    allow_tf32: bool = option("let NVIDIA GPUs multiply float32 matrices in TF32: faster, slightly less exact", default=False)
+    allow_tf32: bool = option(
+        "let NVIDIA GPUs multiply float32 matrices in TF32: faster, slightly less exact", default=False
+    )
 
     learning_rate: float = option("AdamW's learning rate", default=1e-4)
     lr_scheduler: str = option(
@@ -79,13 +87,16 @@ class TrainingConfig:
     num_inference_steps: int = option("denoising steps of a validation picture", default=25)
 
     report_to: str = option(
-        "where the curves go: 'tensorboard', another tracker that accelerate knows, 'all' or 'none'", default="tensorboard"
+        "where the curves go: 'tensorboard', another tracker that accelerate knows, 'all' or 'none'",
+        default="tensorboard",
     )
     logging_dir: str = option("folder of the logs inside output_dir", default="logs")
     logging_steps: int = option("optimiser steps between points of the curves", default=10)
 
     def __post_init__(self) -> None:
-        at_least_one = "train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps validation_steps "
+        at_least_one = (
+            "train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps validation_steps "
+        )
         at_least_one += "num_validation_images num_inference_steps logging_steps crop_variants"
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -100,7 +111,9 @@ class TrainingConfig:
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise TrainingError(f"--checkpoints_total_limit={self.checkpoints_total_limit} must be at least 1.")
         if not self.instance_prompt.strip():
-            raise TrainingError("--instance_prompt is empty; name the subject with a rare word, as in 'a photo of sks dog'.")
+            raise TrainingError(
+                "--instance_prompt is empty; name the subject with a rare word, as in 'a photo of sks dog'."
+            )
 
     @property
     def output(self) -> Path:

@@ -70,12 +70,15 @@ def find_photos(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise TrainingError(f"--instance_data_dir={folder} is not a folder; make it and put 3 to 30 photos of the subject in it.")
+        raise TrainingError(
+            f"--instance_data_dir={folder} is not a folder; make it and put 3 to 30 photos of the subject in it."
+        )
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     photos = [file for file in files if file.suffix.lower() in PHOTO_SUFFIXES]
     if not photos:
         raise TrainingError(
-            f"--instance_data_dir={folder} holds no photos (looked for {', '.join(sorted(PHOTO_SUFFIXES))}); put 3 to 30 there."
+            f"--instance_data_dir={folder} holds no photos (looked for {', '.join(sorted(PHOTO_SUFFIXES))}); "
+            "put 3 to 30 there."
         )
     if len(photos) < len(files):
         ignored = ", ".join(file.name for file in files if file not in set(photos))
@@ -100,7 +103,9 @@ def load_photos(folder: str | Path, resolution: int) -> list[Photo]:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             broken.append(f"{path} ({error})")
     if broken:
-        raise TrainingError(f"cannot read {'; '.join(broken)}. Remove or replace {'it' if len(broken) == 1 else 'them'}.")
+        raise TrainingError(
+            f"cannot read {'; '.join(broken)}. Remove or replace {'it' if len(broken) == 1 else 'them'}."
+        )
     return photos
 
 
@@ -117,7 +122,9 @@ def load_photo(path: Path, resolution: int) -> Photo:
     width, height = upright.size
     scale = resolution / min(width, height)
     if scale > 1:
-        logger.warning("%s is only %d×%d pixels and is enlarged to %d; larger photos train better", path, width, height, resolution)
+        logger.warning(
+            "%s is only %d×%d pixels and is enlarged to %d; larger photos train better", path, width, height, resolution
+        )
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     return Photo(path, upright.resize(size, Image.Resampling.LANCZOS), (height, width))
 

@@ -5,7 +5,6 @@ Imports everything else of this package.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ def _optimise(
     """Take one optimiser step over all accumulation steps and return what is to be plotted."""
     losses: list[Tensor] = []
     grad_norm = 0.0
-    with bank.record_routing() if log else contextlib.nullcontext({}) as routing:
+    with bank.record_routing() as routing:
         for examples in _micro_batches(accelerator, config):
             with accelerator.accumulate(model):
                 batch = draw_batch(

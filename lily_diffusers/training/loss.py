@@ -85,10 +85,14 @@ def training_target(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
         return batch.noise
     if kind == "v_prediction":
         return scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-    raise TrainingError(f"the base model's scheduler has prediction_type={kind!r}; only epsilon and v_prediction are trained.")
+    raise TrainingError(
+        f"the base model's scheduler has prediction_type={kind!r}; only epsilon and v_prediction are trained."
+    )
 
 
-def denoising_loss(unet: torch.nn.Module, scheduler: DDPMScheduler, batch: Batch, prompt_embeds: Tensor, pooled: Tensor) -> Tensor:
+def denoising_loss(
+    unet: torch.nn.Module, scheduler: DDPMScheduler, batch: Batch, prompt_embeds: Tensor, pooled: Tensor
+) -> Tensor:
     """Mean squared error of the UNet's prediction over a batch: a float32 scalar.
 
     Args:

@@ -79,5 +79,7 @@ def validate(
         image.save(folder / f"{index}.png")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.writer.add_images("validation", np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
+            tracker.writer.add_images(
+                "validation", np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC"
+            )
     return images

@@ -1,0 +1,49 @@
+# One door for each habit. `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := HF_HUB_OFFLINE=1 $(BIN)/python
+TINY := build/tiny-sdxl
+DEMO := runs/demo
+
+.PHONY: help install demo app test test-slow check format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[app,plots,train,dev]'
+	touch $@
+
+install: .venv/.installed ## create .venv with the tested versions
+
+demo: install ## train on the example photos with a tiny SDXL and draw before/after
+	$(RUN) -m examples.demo --out $(DEMO)
+
+$(TINY)/model_index.json: .venv/.installed examples/tiny_sdxl.py
+	$(RUN) -m examples.tiny_sdxl $(TINY)
+
+app: install $(TINY)/model_index.json ## open the page on the tiny base
+	mkdir -p runs
+	$(RUN) -m app --base $(TINY) --adapters runs
+
+test: install ## run the tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: install ## run the tests that need the full-size SDXL UNet (about 7 GB)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+check: install ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## time the methods on the tiny UNet
+	$(RUN) -m benchmarks.speed --unet tiny --latent 32
+
+clean: ## remove what make made
+	rm -rf .venv build runs
