@@ -98,6 +98,16 @@ class LilyBank(nn.Module):
             self._routing_log.update(zip(read.slots, S.detach().expand(h.shape[0], -1, -1), strict=True))
         return S
 
+    def tensors_of(self, read: Read) -> list[Tensor]:
+        """Return every parameter that the slots of a read use."""
+        lists = ((self.A, read.A), (self.B, read.pools), (self.R, read.routers), (self.rho, read.routers))
+        return [tensors[i] for tensors, indices in lists if len(tensors) for i in indices]
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether a `record_routing` block is open."""
+        return self._routing_log is not None
+
     @contextmanager
     def record_routing(self) -> Iterator[dict[int, Tensor]]:
         """Collect the routing weights of the forwards inside the block.

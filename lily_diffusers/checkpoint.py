@@ -64,7 +64,7 @@ def save_bank(bank: LilyBank, path: Path, metadata: Mapping[str, str] | None = N
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bank.named_tensors().items()}
     header = {
         **{f"{library}_version": version(library) for library in ("torch", "diffusers")},
-        **(metadata or {}),
+        **{key: str(value) for key, value in (metadata or {}).items()},
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "lily_config": bank.config.to_json(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -30,4 +31,5 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise OSError(f"cannot write {path}: {error}; free some space or choose another folder.") from error
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -151,23 +151,27 @@ def mix_experts(S: Tensor, B: Tensor) -> Tensor:
     return torch.bmm(S.expand(B.shape[0], -1, -1), B.flatten(2)).unflatten(-1, B.shape[2:])
 
 
-def add_delta(base: Tensor, h: Tensor, M: Tensor) -> Tensor:
-    """Add a slot's update to its base projection: y = base + h M.
+def add_delta_(base: Tensor, h: Tensor, M: Tensor) -> Tensor:
+    """Add a slot's update to its base projection, in place: y = base + h M.
+
+    In place saves a pass over the widest tensor; a frozen projection's output is needed by nothing else,
+    its own backward included.
 
     Args:
-        base: (b, n, o), the frozen projection's output.
+        base: (b, n, o), the frozen projection's output, contiguous; overwritten.
         h: (b, n, r).
         M: (b, r, o), or (1, r, o) if all samples share one mix. Any scale is already in M.
 
     Returns:
-        y: (b, n, o).
+        y: `base`.
 
     Source: Eq. 4.
     """
+    h, M = h.to(base.dtype), M.to(base.dtype)
     if M.shape[0] == 1 and base.shape[0] > 1:
-        b, n, r = h.shape
-        return torch.addmm(base.reshape(b * n, -1), h.reshape(b * n, r), M[0]).view_as(base)
-    return torch.baddbmm(base, h, M)
+        base.flatten(0, 1).addmm_(h.flatten(0, 1), M[0])
+        return base
+    return base.baddbmm_(h, M)
 
 
 def delta_weight(A: Tensor, M: Tensor) -> Tensor:

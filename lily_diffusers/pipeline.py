@@ -97,7 +97,7 @@ def save_lily_weights(
     unet = get_unet(pipe)
     path = Path(save_directory)
     bank = bank_to_save(unet, adapter_name)
-    base_model = getattr(pipe.config, "_name_or_path", None) or "unknown"
+    base_model = str(getattr(pipe.config, "_name_or_path", None) or "unknown")
     return save_bank(bank, path / weight_name if weight_name else path, {"base_model": base_model, **(metadata or {})})
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import functional
 from .bank import LilyBank
+from .targets import Read
 
 
 @dataclass(eq=False)
@@ -25,6 +28,47 @@ class ActiveBanks:
     """
 
     banks: list[tuple[LilyBank, float]] = field(default_factory=list)
+
+
+class PromptDeltas:
+    """Updates of one layer's to_k and to_v, which depend on nothing but the prompt embedding.
+
+    All denoising steps pass the same embedding tensor, so what the first step computed serves the others.
+    It is kept for the last embedding only, is freed with it, and holds only while neither the embedding
+    nor the adapter's tensors nor the strength have changed.
+    """
+
+    def __init__(self) -> None:
+        self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __deepcopy__(self, memo: dict) -> PromptDeltas:
+        return PromptDeltas()  # a copied UNet computes its own
+
+    def get(self, bank: LilyBank, read: Read, x: Tensor, scale: float) -> Tensor | None:
+        """Return the updates of the slots that read the prompt embedding.
+
+        Args:
+            bank: the adapter.
+            read: the slots.
+            x: the prompt embedding, (b, n, i).
+            scale: strength of the call.
+
+        Returns:
+            (s, b, n, o); None where nothing may be kept: under gradients, autocast or the compiler, or while
+            routing is recorded or dropped out.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference():
+            return None
+        if torch.is_autocast_enabled(x.device.type) or bank.is_recording or (bank.training and bank.config.dropout):
+            return None
+        state = (x._version, scale, *((tensor.data_ptr(), tensor._version) for tensor in bank.tensors_of(read)))
+        kept = self._kept.get(x)
+        if kept is None:
+            self._kept.clear()
+            kept = self._kept[x] = {}
+        if id(bank) not in kept or kept[id(bank)][0] != state:
+            kept[id(bank)] = (state, torch.matmul(*bank.deltas(x, read, scale)))
+        return kept[id(bank)][1]
 
 
 class LilyAttnProcessor:
@@ -41,6 +85,7 @@ class LilyAttnProcessor:
     def __init__(self, name: str, active: ActiveBanks) -> None:
         self.name = name
         self.active = active
+        self._prompt_deltas = PromptDeltas()
 
     def __call__(
         self,
@@ -104,7 +149,13 @@ class LilyAttnProcessor:
                 first = read.projections[0]
                 if first not in work:
                     continue
-                h, M = bank.deltas(work[first][1], read, scale * strength)
+                x = work[first][1]
+                kept = self._prompt_deltas.get(bank, read, x, scale * strength) if read.reads_context else None
+                if kept is not None:
+                    for j, projection in enumerate(read.projections):
+                        outputs[projection].add_(kept[j])
+                    continue
+                h, M = bank.deltas(x, read, scale * strength)
                 for j, projection in enumerate(read.projections):
-                    outputs[projection] = functional.add_delta(outputs[projection], h[j], M[j])
+                    functional.add_delta_(outputs[projection], h[j], M[j])
         return list(outputs.values())

@@ -69,11 +69,13 @@ class Read:
 
     Attributes:
         projections: which ones, in the order in which attention computes them.
+        reads_context: whether the input is the prompt embedding.
         slots: their indices into `Layout.slots`.
         A, pools, routers: indices of the tensors they use: one per slot, or one that all of them share.
     """
 
     projections: tuple[str, ...]
+    reads_context: bool
     slots: tuple[int, ...]
     A: tuple[int, ...]
     pools: tuple[int, ...]
@@ -127,6 +129,7 @@ class Layout:
             attention: tuple(
                 Read(
                     projections=tuple(self.slots[j].projection for j in members),
+                    reads_context=self.slots[members[0]].reads_context,
                     slots=tuple(members),
                     A=_once([self.A_of[j] for j in members]),
                     pools=_once([self.pool_of[j] for j in members]),

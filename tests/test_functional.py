@@ -61,7 +61,7 @@ def test_a_slot_agrees_with_the_papers_equations(tensors: dict[str, torch.Tensor
     route = {"token": functional.route_token, "sequence": functional.route_sequence, "batch": functional.route_batch}
     S = route[kind](h, tensors["R"], tensors["rho"]) if kind in route else functional.route_static(tensors["rho"])
     M = functional.mix_experts(0.5 * S, tensors["B"])
-    ours = torch.stack([functional.add_delta(tensors["base"][s], h[s], M[s]) for s in range(S_)])
+    ours = torch.stack([functional.add_delta_(tensors["base"][s].clone(), h[s], M[s]) for s in range(S_)])
     torch.testing.assert_close(ours, naive(tensors, kind, 0.5), rtol=1e-5, atol=1e-5)
 
 
