@@ -41,7 +41,7 @@ class Script:
             "instance_prompt": "a photo of sks toy",
             "resolution": 32,
             "crop_variants": 2,
-            "r": 4,
+            "rank": 4,
             "stride_A": 2,
             "num_B": 2,
             "report_to": "none",
@@ -170,18 +170,8 @@ def test_two_processes_give_the_adapter_of_one(script: Script, tmp_path: Path) -
     flags = {"max_train_steps": 8, "learning_rate": 1e-3, "random_flip": True, "checkpointing_steps": 4}
     script.run(tmp_path / "one", train_batch_size=4, **flags)
     accumulated = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
-    launch = (
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    )
-    launch += ("--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
+    # `accelerate launch --cpu --num_processes 2` starts one process unless it is given an MPI host file
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     script.run(tmp_path / "two", launch, **flags | accumulated)
     script.run(tmp_path / "split", **flags | {"train_batch_size": 1, "gradient_accumulation_steps": 4})
     one, two, split = (adapter_of(tmp_path / name) for name in ("one", "two", "split"))
@@ -194,16 +184,13 @@ def test_two_processes_give_the_adapter_of_one(script: Script, tmp_path: Path) -
 
 
 def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_checkpoint(script: Script, tmp_path: Path) -> None:
-    flags = {"max_train_steps": 4, "checkpointing_steps": 2}
-    script.run(tmp_path, **flags | {"max_train_steps": 2})
-    good = adapter_of(tmp_path)
-    command = flags | {"learning_rate": 1e38, "checkpointing_steps": 1, "max_train_steps": 20, "max_grad_norm": 1e9}
-    printed = script.run(tmp_path / "diverges", expect=1, **command)
-    assert "at step " in printed and "training stopped; the last good checkpoint is" in printed
-    assert "Traceback" not in printed and not (tmp_path / "diverges" / WEIGHT_NAME).exists()
-    last = find_last(tmp_path / "diverges")
-    assert last is not None and good  # whole, and written before the step that failed
-    assert f"checkpoint-{int(printed.split('at step ')[1].split(',')[0]) - 1}" == last.name
+    flags = {"learning_rate": 1e20, "max_grad_norm": 1e9, "max_train_steps": 20, "checkpointing_steps": 1}
+    printed = script.run(tmp_path, expect=1, **flags)
+    assert "training stopped; the last good checkpoint is" in printed and "Traceback" not in printed
+    step = int(printed.split("at step ")[1].split(",")[0])
+    last = find_last(tmp_path)
+    assert last is not None and last.name == f"checkpoint-{step - 1}"
+    assert not (tmp_path / WEIGHT_NAME).exists()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +201,6 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_checkpoint(scr
         ({"instance_data_dir": ROOT / "lily_diffusers"}, "holds no photos"),
         ({"init": "staggered"}, "pass router_bias=True"),
         ({"pretrained_model_name_or_path": ROOT / "docs"}, "cannot load --pretrained_model_name_or_path"),
-        ({"mixed_precision": "fp16"}, "cannot start with --mixed_precision=fp16"),
     ],
 )
 def test_bad_input_gets_one_sentence(script: Script, tmp_path: Path, flags: dict, sentence: str) -> None:
