@@ -94,7 +94,7 @@ def main() -> None:
     pipe = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     load_lily_weights(pipe, out / "teapot")
-    photos = [Image.open(path) for path in sorted(PHOTOS.glob("*.jpg"))]
+    photos: list[Image.Image] = [Image.open(path) for path in sorted(PHOTOS.glob("*.jpg"))]
     with lily_disabled(pipe):
         before = draw(pipe, len(photos))
     after = draw(pipe, len(photos))
