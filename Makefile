@@ -1,7 +1,7 @@
 # One door for each habit. `make demo` and `make test` work in a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
-RUN := HF_HUB_OFFLINE=1 $(BIN)/python
+RUN := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python
 TINY := build/tiny-sdxl
 DEMO := runs/demo
 

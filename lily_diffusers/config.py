@@ -43,9 +43,7 @@ class LilyConfig:
         ValueError: if a value is out of range, or two options contradict each other.
     """
 
-    r: int = option(
-        "rank of every A and B; write --rank under torchrun, which takes --r for itself", default=32, aliases=["--rank"]
-    )
+    r: int = option("rank of every A and B; write --rank under torchrun", default=32, aliases=["--rank"])
     stride_A: int = option("how many consecutive slots of a group share one A", default=4)
     num_B: int = option("how many B experts each pool holds", default=4)
     scaling: float = option("factor on every update", default=1.0)

@@ -131,7 +131,16 @@ def kill_after(checkpoint: Path, command: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"gradient_accumulation_steps": 2, "dropout": 0.3, "random_flip": True, "lr_scheduler": "cosine"}],
+    [
+        {},
+        {
+            "gradient_accumulation_steps": 2,
+            "dropout": 0.3,
+            "cache_latents": False,
+            "random_flip": True,
+            "lr_scheduler": "cosine",
+        },
+    ],
     ids=["plain", "accumulation-dropout"],
 )
 def test_a_killed_run_resumes_bit_for_bit(script: Script, tmp_path: Path, flags: dict) -> None:
