@@ -4,7 +4,8 @@
 
 One process, one copy of the UNet's weights, and every method timed once a round, so that what drifts
 drifts for all; each ratio is taken within its round. Two calls are timed: a forward pass under
-`no_grad` with the adapter in the UNet's dtype, as a loaded pipeline runs it; and a training step
+`no_grad` with the adapter in the UNet's dtype and the same prompt tensor each time, as a pipeline runs all
+denoising steps but the first (`--fresh-prompt` times the first, for which ours keeps nothing); and a training step
 (forward, backward, AdamW) with float32 adapter weights, under autocast where the UNet is in half
 precision, as diffusers' scripts train. fp16 steps are timed without loss scaling. The base has nothing
 to train: its step is forward and backward down to the text embeddings, which is the way that
@@ -62,6 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="base always runs")
     parser.add_argument("--forward-only", "--no-train-step", action="store_true", help="time no training steps")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in the training step")
+    parser.add_argument("--fresh-prompt", action="store_true", help="give every forward a new prompt tensor")
     parser.add_argument("--compile", action="store_true", help="torch.compile every method's UNet")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the UNet (default: tiny fp32, sdxl bf16)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -103,13 +105,20 @@ def prepare(unet: UNet2DConditionModel, args: argparse.Namespace) -> dict[str, S
     return subjects
 
 
-def make_forward(subject: Subject, inputs: dict[str, Any]) -> Callable[[], Tensor]:
-    """Make the call that predicts the noise of one denoising step, without gradients."""
+def make_forward(subject: Subject, inputs: dict[str, Any], fresh_prompt: bool = False) -> Callable[[], Tensor]:
+    """Make the call that predicts the noise of one denoising step, without gradients.
+
+    Args:
+        subject: the method.
+        inputs: of the UNet.
+        fresh_prompt: copy the prompt embedding before every call, as if each were the first step of a picture.
+    """
     subject.view.eval()
 
     def forward() -> Tensor:
+        prompt = inputs["encoder_hidden_states"]
         with torch.no_grad():
-            return subject.call(**inputs).sample
+            return subject.call(**inputs | {"encoder_hidden_states": prompt.clone() if fresh_prompt else prompt}).sample
 
     return forward
 
@@ -166,7 +175,7 @@ def time_forward(unet: UNet2DConditionModel, subjects: dict[str, Subject], args:
     inputs = make_inputs(unet, args.batch, args.latent, args.seed)
     for subject in subjects.values():
         set_dtype(subject.applied.parameters, unet.dtype)
-    forwards = {name: make_forward(subject, inputs) for name, subject in subjects.items()}
+    forwards = {name: make_forward(subject, inputs, args.fresh_prompt) for name, subject in subjects.items()}
     changes = check_outputs(forwards)
     samples = interleave(forwards, args.rounds, args.warmup, unet.device)
     results = {}

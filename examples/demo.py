@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out.resolve()
     base = out / "tiny-sdxl"
+    shutil.rmtree(out / "teapot", ignore_errors=True)  # of an earlier demo
     make_pipeline().save_pretrained(base)
     train(base, out / "teapot", args.steps)
 

@@ -67,7 +67,7 @@ class LilyBank(nn.Module):
         named |= {f"router_bias.{name}": tensor for name, tensor in zip(layout.router_names, self.rho, strict=False)}
         return named
 
-    def deltas(self, x: Tensor, read: Read, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    def deltas(self, x: Tensor, read: Read, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Compute the two factors of the update of the slots that read `x`.
 
         Args:
@@ -82,7 +82,7 @@ class LilyBank(nn.Module):
         h = functional.project_down(x, _take(self.A, read.A, x)).expand(s, -1, -1, -1)
         S = self._route(h, x, read)
         scale = scale * self.config.scaling
-        if isinstance(scale, Tensor) or scale != 1.0:
+        if scale != 1.0:
             S = S * scale  # on a few routing weights rather than on all outputs
         if self.config.dropout and self.training:
             h = F.dropout(h, self.config.dropout)

@@ -103,7 +103,7 @@ def read_header(path: str | Path) -> Header:
         )
     try:
         return Header(LilyConfig.from_json(metadata.get("lily_config", "")), metadata)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise LilyFileError(f"{path} cannot be used: {error}") from error
 
 

@@ -72,11 +72,12 @@ class LilyConfig:
     init: str = option(f"how the adapter starts. {_describe(INITS)}", default="zero", choices=list(INITS))
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("r", "stride_A", "num_B"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-        if not isinstance(self.scaling, int | float) or not math.isfinite(self.scaling):
+        if not math.isfinite(self.scaling):
             raise ValueError(f"scaling={self.scaling!r} must be a finite number; 1.0 is the usual start.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1.")
@@ -98,6 +99,19 @@ class LilyConfig:
             )
         object.__setattr__(self, "target_modules", [name for name in PROJECTIONS if name in set(self.target_modules)])
         self._check_routing()
+
+    def _check_types(self) -> None:
+        """Configurations also come from files, where nothing else checks types."""
+        kinds: dict[str, tuple[type, ...]] = {"scaling": (int, float), "dropout": (int, float), "router_bias": (bool,)}
+        kinds |= dict.fromkeys(("router", "router_sharing", "pool_scope", "layer_order", "init"), (str,))
+        for name, allowed in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                raise ValueError(f"{name}={value!r} must be a {allowed[-1].__name__}.")
+        if isinstance(self.target_modules, str) or not all(isinstance(name, str) for name in self.target_modules):
+            raise ValueError(
+                f"target_modules={self.target_modules!r} must be a list of names, such as ['to_q', 'to_v']."
+            )
 
     def _check_routing(self) -> None:
         router, init = ROUTERS[self.router], INITS[self.init]
@@ -143,6 +157,8 @@ class LilyConfig:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"the Lily configuration is not valid JSON ({error}).") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"the Lily configuration is {values!r} and not a JSON object.")
         known = {item.name for item in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -174,19 +174,6 @@ def add_delta_(base: Tensor, h: Tensor, M: Tensor) -> Tensor:
     return base.baddbmm_(h, M)
 
 
-def delta_weight(A: Tensor, M: Tensor) -> Tensor:
-    """The weight update that a slot with fixed routing adds to `Linear.weight`: ΔW = (Aᵀ M)ᵀ.
-
-    Args:
-        A: (r, i).
-        M: (r, o), with any scale in it.
-
-    Returns:
-        ΔW: (o, i).
-    """
-    return M.T @ A
-
-
 def pairwise_similarity(B: Tensor) -> Tensor:
     """Mean |cosine| between the experts of one pool: 1 says they are copies, 0 that they are orthogonal.
 

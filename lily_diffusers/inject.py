@@ -76,6 +76,7 @@ class LilyAdapters(nn.Module):
             self._originals[name] = attention.processor
         for name, attention in attention_modules(unet).items():
             attention.set_processor(self._processors[name])
+            self._processors[name].prompt_deltas.clear()
 
     def detach(self, unet: UNet2DConditionModel) -> None:
         """Restore the processors that ours replaced, and remove our hooks."""
@@ -84,6 +85,7 @@ class LilyAdapters(nn.Module):
                 attention.set_processor(self._originals[name])
         for hook in self._hooks:
             hook.remove()
+        self.active.banks = []  # processors that someone kept then compute the base
 
     def replaced(self, unet: UNet2DConditionModel) -> list[str]:
         """Describe the attention layers whose processor is no longer ours."""
@@ -132,8 +134,11 @@ def add_bank(
         raise ValueError(
             f"an adapter named '{adapter_name}' is already there; delete it first, or choose another adapter_name."
         )
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name={adapter_name!r} must be a name without dots, such as 'duck'.")
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} must be a name without dots, and none that torch's ModuleDict uses itself; "
+            "'duck' will do."
+        )
     device = next(unet.parameters()).device
     if device.type == "meta":
         raise ValueError(
@@ -142,7 +147,9 @@ def add_bank(
             "follow; use pipe.enable_model_cpu_offload() instead."
         )
     bank = LilyBank(find_slots(unet, config.target_modules, config.layer_order), config, generator).to(device)
-    if adapters is None:
+    if adapters is not None:
+        adapters.attach(unet)
+    else:
         adapters = LilyAdapters(unet)
         try:
             adapters.attach(unet)
@@ -205,11 +212,11 @@ def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
     if adapters is None:
         yield
         return
-    before, adapters.active.banks = adapters.active.banks, []
+    adapters.active.disabled += 1
     try:
         yield
     finally:
-        adapters.active.banks = before
+        adapters.active.disabled -= 1
 
 
 def get_adapters(unet: UNet2DConditionModel) -> LilyAdapters | None:

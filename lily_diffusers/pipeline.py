@@ -90,12 +90,14 @@ def save_lily_weights(
         The file written.
 
     Raises:
-        ValueError: if it is not clear which adapter is meant.
+        ValueError: if it is not clear which adapter is meant, or `weight_name` has another ending.
         RuntimeError: if something replaced Lily's attention processors since.
         OSError: if the file cannot be written.
     """
     unet = get_unet(pipe)
     path = Path(save_directory)
+    if weight_name is not None and not weight_name.endswith(".safetensors"):
+        raise ValueError(f"weight_name={weight_name!r} must end in .safetensors, such as 'duck.safetensors'.")
     bank = bank_to_save(unet, adapter_name)
     base_model = str(getattr(pipe.config, "_name_or_path", None) or "unknown")
     return save_bank(bank, path / weight_name if weight_name else path, {"base_model": base_model, **(metadata or {})})

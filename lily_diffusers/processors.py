@@ -25,9 +25,11 @@ class ActiveBanks:
 
     Attributes:
         banks: pairs of a bank and its strength, in the order in which their deltas are added.
+        disabled: how many `inject.disabled` blocks are open; the base runs while it is not 0.
     """
 
     banks: list[tuple[LilyBank, float]] = field(default_factory=list)
+    disabled: int = 0
 
 
 class PromptDeltas:
@@ -35,7 +37,8 @@ class PromptDeltas:
 
     All denoising steps pass the same embedding tensor, so what the first step computed serves the others.
     It is kept for the last embedding only, is freed with it, and holds only while neither the embedding
-    nor the adapter's tensors nor the strength have changed.
+    nor the adapter's tensors nor the strength have changed. Changes through a tensor's `.data`, which torch
+    does not count, are seen when the next embedding comes, or after `set_lily_adapters`.
     """
 
     def __init__(self) -> None:
@@ -43,6 +46,10 @@ class PromptDeltas:
 
     def __deepcopy__(self, memo: dict) -> PromptDeltas:
         return PromptDeltas()  # a copied UNet computes its own
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
 
     def get(self, bank: LilyBank, read: Read, x: Tensor, scale: float) -> Tensor | None:
         """Return the updates of the slots that read the prompt embedding.
@@ -54,14 +61,17 @@ class PromptDeltas:
             scale: strength of the call.
 
         Returns:
-            (s, b, n, o); None where nothing may be kept: under gradients, autocast or the compiler, or while
-            routing is recorded or dropped out.
+            (s, b, n, o); None where nothing may be kept: under gradients, autocast, or anything that records
+            the computation to replay it; or while routing is recorded or h is dropped out.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference():
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or _is_captured(x):
             return None
-        if torch.is_autocast_enabled(x.device.type) or bank.is_recording or (bank.training and bank.config.dropout):
+        if bank.is_recording or (bank.training and bank.config.dropout):
             return None
-        state = (x._version, scale, *((tensor.data_ptr(), tensor._version) for tensor in bank.tensors_of(read)))
+        used = bank.tensors_of(read)
+        if any(tensor.is_inference() for tensor in (x, *used)):  # they do not count their changes
+            return None
+        state = (x._version, scale, *((tensor.data_ptr(), tensor._version) for tensor in used))
         kept = self._kept.get(x)
         if kept is None:
             self._kept.clear()
@@ -69,6 +79,14 @@ class PromptDeltas:
         if id(bank) not in kept or kept[id(bank)][0] != state:
             kept[id(bank)] = (state, torch.matmul(*bank.deltas(x, read, scale)))
         return kept[id(bank)][1]
+
+
+def _is_captured(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 class LilyAttnProcessor:
@@ -85,7 +103,7 @@ class LilyAttnProcessor:
     def __init__(self, name: str, active: ActiveBanks) -> None:
         self.name = name
         self.active = active
-        self._prompt_deltas = PromptDeltas()
+        self.prompt_deltas = PromptDeltas()
 
     def __call__(
         self,
@@ -144,13 +162,13 @@ class LilyAttnProcessor:
             (b, n, o) for each projection, in the order of `work`.
         """
         outputs = {projection: frozen(x) for projection, (frozen, x) in work.items()}
-        for bank, strength in self.active.banks:
+        for bank, strength in [] if self.active.disabled else self.active.banks:
             for read in bank.reads.get(self.name, ()):
                 first = read.projections[0]
                 if first not in work:
                     continue
                 x = work[first][1]
-                kept = self._prompt_deltas.get(bank, read, x, scale * strength) if read.reads_context else None
+                kept = self.prompt_deltas.get(bank, read, x, scale * strength) if read.reads_context else None
                 if kept is not None:
                     for j, projection in enumerate(read.projections):
                         outputs[projection].add_(kept[j])

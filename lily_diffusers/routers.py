@@ -46,11 +46,6 @@ class Router:
         """
         raise NotImplementedError
 
-    @classmethod
-    def mergeable(cls) -> bool:
-        """Whether an adapter with this router equals a fixed weight update."""
-        return not cls.reads_input
-
 
 ROUTERS: dict[str, type[Router]] = {}
 

@@ -23,6 +23,11 @@ def test_unknown_option_says_upgrade() -> None:
         LilyConfig.from_json('{"novelty": 1}')
 
 
+def test_json_that_is_no_object_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a JSON object"):
+        LilyConfig.from_json("[1]")
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -38,6 +43,11 @@ def test_unknown_option_says_upgrade() -> None:
         ({"target_modules": []}, "must name some of"),
         ({"router": "static", "router_bias": True}, "does not go with router='static'"),
         ({"init": "staggered"}, "pass router_bias=True"),
+        ({"router_bias": "false"}, "router_bias='false' must be a bool"),
+        ({"dropout": "0.1"}, "dropout='0.1' must be a float"),
+        ({"scaling": True}, "scaling=True must be a float"),
+        ({"router": ["token"]}, "must be a str"),
+        ({"target_modules": "to_q"}, "target_modules='to_q' must be a list of names"),
         ({"init": "staggered", "router": "uniform"}, "choose another router"),
         ({"init": "staggered", "router": "static", "router_sharing": "pool"}, "router_sharing='slot' or 'A'"),
     ],

@@ -86,14 +86,6 @@ def test_routing_weights_are_float32_and_sum_to_one_in_half_precision(tensors: d
         torch.testing.assert_close(S.sum(-1), torch.ones(S.shape[:-1]), rtol=0, atol=1e-6)
 
 
-def test_delta_weight_is_the_matrix_that_the_factors_apply(tensors: dict[str, torch.Tensor]) -> None:
-    A, M = tensors["A"][0], tensors["B"][0, 0]
-    expected = (tensors["x"] @ A.T) @ M
-    torch.testing.assert_close(
-        torch.nn.functional.linear(tensors["x"], functional.delta_weight(A, M)), expected, rtol=1e-5, atol=1e-5
-    )
-
-
 def test_similarity_tells_copies_from_orthogonal_experts() -> None:
     expert = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     assert functional.pairwise_similarity(torch.stack([expert, -2 * expert])).item() == pytest.approx(1, abs=1e-6)

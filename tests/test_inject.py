@@ -203,11 +203,55 @@ def test_processors_with_weights_of_their_own_are_not_replaced(unet: UNet2DCondi
     assert not hasattr(unet, "lily") and not unet._forward_pre_hooks
 
 
-@pytest.mark.parametrize("name", ["", "v1.0"])
+@pytest.mark.parametrize("name", ["", "v1.0", "train", "keys"])
 def test_names_that_a_module_cannot_have_are_refused(unet: UNet2DConditionModel, name: str) -> None:
     with pytest.raises(ValueError, match="must be a name without dots"):
         inject_lily(unet, LilyConfig(r=4), name)
     assert not hasattr(unet, "lily")
+
+
+def test_a_second_adapter_that_cannot_be_put_on_is_not_left_behind(unet: UNet2DConditionModel) -> None:
+    inject_lily(unet, LilyConfig(r=4), "duck")
+    attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+    attention.set_processor(IPAdapterAttnProcessor2_0(hidden_size=64, cross_attention_dim=48))
+    with pytest.raises(ValueError, match="IPAdapterAttnProcessor2_0"):
+        inject_lily(unet, LilyConfig(r=4), "style")
+    assert get_lily_adapters(unet) == {"duck": 1.0}
+
+
+def test_processors_that_outlive_the_adapter_compute_the_base(unet: UNet2DConditionModel) -> None:
+    base = output(unet)
+    perturb(inject_lily(unet, LilyConfig(r=4)))
+    kept = dict(unet.attn_processors)
+    remove_lily(unet)
+    unet.set_attn_processor(kept)
+    assert torch.equal(output(unet), base)
+
+
+def test_what_happens_inside_disabled_stands_after_it(unet: UNet2DConditionModel) -> None:
+    base = output(unet)
+    perturb(inject_lily(unet, LilyConfig(r=4), "duck"))
+    perturb(inject_lily(unet, LilyConfig(r=4), "style"), seed=2)
+    style = output(unet)
+    with lily_disabled(unet):
+        with lily_disabled(unet):
+            assert torch.equal(output(unet), base)
+        remove_lily(unet, "duck")
+        assert torch.equal(output(unet), base)
+    assert get_lily_adapters(unet) == {"style": 1.0} and torch.equal(output(unet), style)
+    with lily_disabled(unet):
+        remove_lily(unet, "style")
+    assert torch.equal(output(unet), base)
+
+
+def test_model_offloading_moves_the_adapter_with_the_unet(unet: UNet2DConditionModel) -> None:
+    """What `enable_model_cpu_offload` does to the UNet, on the one device that is always there."""
+    perturb(inject_lily(unet, LilyConfig(r=4)))
+    expected = output(unet)
+    unet, hook = accelerate.cpu_offload_with_hook(unet, execution_device="cpu")
+    assert torch.equal(output(unet), expected)
+    hook.offload()
+    assert torch.equal(output(unet), expected)
 
 
 def test_misuse_is_named(unet: UNet2DConditionModel) -> None:

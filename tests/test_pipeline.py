@@ -164,6 +164,16 @@ def test_saving_a_detached_adapter_is_refused(load_pipe: Load, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_a_weight_name_must_say_that_it_is_safetensors(adapter: Path, load_pipe: Load, tmp_path: Path) -> None:
+    pipe = load_pipe()
+    lily.load_lily_weights(pipe, adapter)
+    with pytest.raises(ValueError, match="weight_name='duck' must end in .safetensors"):
+        lily.save_lily_weights(pipe, tmp_path, weight_name="duck")
+    path = lily.save_lily_weights(pipe, tmp_path, weight_name="duck.safetensors")
+    assert path == tmp_path / "duck.safetensors"
+    lily.load_lily_weights(load_pipe(), tmp_path, weight_name="duck.safetensors")
+
+
 def test_which_adapter_to_save_must_be_clear(load_pipe: Load, tmp_path: Path) -> None:
     pipe = load_pipe()
     with pytest.raises(ValueError, match="no adapter named None to save; loaded are none"):

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LilyConfig as PeftLilyConfig
 from peft import inject_adapter_in_model
 
-from lily_diffusers import LilyConfig, inject_lily
+from lily_diffusers import LilyConfig, inject_lily, set_lily_adapters
 from lily_diffusers.bank import LilyBank
 from lily_diffusers.targets import attention_modules
 from tests.conftest import perturb, unet_inputs
@@ -230,11 +230,29 @@ class TestPromptDeltas:
         inputs = unet_inputs()
         with torch.no_grad():
             unet(**inputs)
-        kept = [attention.processor._prompt_deltas._kept for attention in attention_modules(unet).values()]
+        kept = [attention.processor.prompt_deltas._kept for attention in attention_modules(unet).values()]
         assert sum(map(len, kept)) == 17
         del inputs
         gc.collect()
         assert sum(map(len, kept)) == 0
+
+    @torch.no_grad()
+    def test_a_change_through_data_is_seen_after_set_lily_adapters(self, unet: UNet2DConditionModel) -> None:
+        bank = perturbed(unet)
+        inputs = unet_inputs()
+        unet(**inputs)
+        for B in bank.B:
+            B.data.mul_(-1)  # torch does not count this change
+        set_lily_adapters(unet, "default")
+        kept = unet(**inputs).sample
+        with torch.enable_grad():
+            torch.testing.assert_close(unet(**inputs).sample.detach(), kept, rtol=1e-5, atol=1e-5)
+
+    def test_an_adapter_made_in_inference_mode_works_outside(self, unet: UNet2DConditionModel) -> None:
+        with torch.inference_mode():
+            perturbed(unet)
+        with torch.no_grad():
+            assert unet(**unet_inputs()).sample.isfinite().all()
 
     def test_training_keeps_nothing(self, unet: UNet2DConditionModel, computed: list[str]) -> None:
         inputs = unet_inputs()

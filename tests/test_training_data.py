@@ -106,6 +106,22 @@ def test_files_that_are_not_photos_are_ignored_and_named(tmp_path: Path, caplog:
     assert "notes.txt" in caplog.text
 
 
+def test_pictures_that_pillow_cannot_read_are_not_dropped_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_tone().save(tmp_path / "a.jfif", format="jpeg")
+    (tmp_path / "IMG_0001.HEIC").write_bytes(b"heic")
+    with caplog.at_level(logging.WARNING):
+        assert [path.name for path in find_photos(tmp_path)] == ["a.jfif"]
+    assert "convert them to JPEG to train on them: IMG_0001.HEIC" in caplog.text
+
+
+def test_strips_are_refused(tmp_path: Path) -> None:
+    two_tone(900, 100).save(tmp_path / "strip.png")
+    with pytest.raises(TrainingError, match=r"strip\.png \(a strip of 900×100 pixels; crop it to 8:1 or less\)"):
+        load_photos(tmp_path, 64)
+
+
 def test_a_folder_without_photos_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=f"{tmp_path} holds no photos .* put 3 to 30 there"):
         load_photos(tmp_path, 64)
@@ -270,12 +286,14 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny_sdxl_dir: Path, tmp_path:
     config = options(tmp_path, pretrained_model_name_or_path=str(tiny_sdxl_dir))
     embeds = encode_prompts(config, {"a duck", ""}, torch.device("cpu"), torch.float32)
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_dir, add_watermarker=False)
-    expected, _, pooled, _ = pipe.encode_prompt("a duck", do_classifier_free_guidance=False)
+    expected, negative, pooled, _ = pipe.encode_prompt("a duck")
     assert torch.equal(embeds["a duck"].prompt_embeds, expected) and torch.equal(embeds["a duck"].pooled, pooled)
+    assert torch.equal(embeds["a duck"].negative_prompt_embeds, negative)
+    assert not negative.any()  # SDXL's own negative, and not the encoded empty prompt
     assert not torch.equal(embeds[""].prompt_embeds, expected)
 
 
 def test_a_base_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     config = options(tmp_path, pretrained_model_name_or_path=str(tmp_path / "nothing"))
-    with pytest.raises(TrainingError, match=r"cannot load --pretrained_model_name_or_path=.*nothing as SDXL"):
+    with pytest.raises(TrainingError, match=r"cannot load --pretrained_model_name_or_path=.*nothing \("):
         encode_prompts(config, {"a duck"}, torch.device("cpu"), torch.float32)

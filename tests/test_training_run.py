@@ -84,12 +84,13 @@ def adapter_of(output: Path) -> dict[str, torch.Tensor]:
 
 
 def test_twenty_steps_change_the_picture(
-    script: Script, tmp_path: Path, load_pipe: Callable[[], StableDiffusionXLPipeline]
+    script: Script, tmp_path: Path, tiny_sdxl_dir: Path, load_pipe: Callable[[], StableDiffusionXLPipeline]
 ) -> None:
     output = tmp_path / "run"
     printed = script.run(
         output, max_train_steps=20, checkpointing_steps=8, checkpoints_total_limit=1, learning_rate=1e-2,
-        report_to="tensorboard", validation_prompt="a photo of sks toy", validation_steps=10, num_validation_images=2,
+        report_to="tensorboard", pretrained_vae_model_name_or_path=tiny_sdxl_dir / "vae",
+        validation_prompt="a photo of sks toy", validation_steps=10, num_validation_images=2,
         num_inference_steps=2, random_flip=True, gradient_checkpointing=True, mixed_precision="bf16", logging_steps=5,
     )  # fmt: skip
     assert "5 photos" in printed and "the adapter is in" in printed
@@ -168,11 +169,24 @@ def test_a_half_written_checkpoint_is_passed_over_and_named(script: Script, tmp_
     assert "checkpoint-4 is half written and is not used" in printed and "resumed from" in printed
     assert all(torch.equal(expected[name], tensor) for name, tensor in adapter_of(tmp_path).items())
 
+    again = script.run(tmp_path, expect=1, **flags)
+    assert "holds checkpoint-4 of an earlier run; continue it with --resume_from_checkpoint latest" in again
+
     shutil.rmtree(tmp_path / "checkpoint-2")
     named = script.run(tmp_path, expect=1, resume_from_checkpoint="checkpoint-2", **flags)
     assert "--resume_from_checkpoint=checkpoint-2 is not there; use 'latest'" in named
     changed = script.run(tmp_path, expect=1, resume_from_checkpoint="checkpoint-4", **flags | {"seed": 1})
     assert "belongs to a run with other options: seed was 0 and is 1" in changed
+    other = flags | {"instance_prompt": "a photo of sks mug", "instance_data_dir": one_photo(tmp_path / "photos")}
+    changed = script.run(tmp_path, expect=1, resume_from_checkpoint="latest", **other)
+    assert "instance_prompt was 'a photo of sks toy' and is 'a photo of sks mug'" in changed
+    assert "photos was ['teapot_1.jpg', " in changed
+
+
+def one_photo(folder: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(PHOTOS / "teapot_1.jpg", folder)
+    return folder
 
 
 def test_two_processes_give_the_adapter_of_one(script: Script, tmp_path: Path) -> None:
@@ -209,6 +223,8 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_checkpoint(scr
         ({"output_dir": PHOTOS / "teapot_1.jpg" / "out"}, "cannot be written"),
         ({"instance_data_dir": ROOT / "lily_diffusers"}, "holds no photos"),
         ({"init": "staggered"}, "pass router_bias=True"),
+        ({"pretrained_vae_model_name_or_path": ROOT / "docs"}, "cannot load --pretrained_vae_model_name_or_path"),
+        ({"report_to": "wandb"}, "--report_to=wandb needs a package that is not installed"),
         ({"pretrained_model_name_or_path": ROOT / "docs"}, "cannot load --pretrained_model_name_or_path"),
     ],
 )

@@ -6,6 +6,8 @@ noise. Imports `config` and `data` of this package.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .config import TrainingConfig, TrainingError
-from .data import Photo, crop_variants, cut, random_crop, time_ids
+from .data import Crop, Photo, crop_variants, cut, random_crop, time_ids
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class LiveLatents:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, photo: Photo, crop, resolution: int) -> Encoded:
+def encode(vae: AutoencoderKL, photo: Photo, crop: Crop, resolution: int) -> Encoded:
     """Encode one crop.
 
     Raises:
@@ -121,10 +123,14 @@ class PromptEmbeds:
 
     Attributes:
         prompt_embeds: (1, 77, context width). pooled: (1, pooled width).
+        negative_prompt_embeds, negative_pooled: the same of the empty negative prompt, which are zeros where
+            the base model asks for that.
     """
 
     prompt_embeds: Tensor
     pooled: Tensor
+    negative_prompt_embeds: Tensor
+    negative_pooled: Tensor
 
 
 @torch.no_grad()
@@ -141,7 +147,7 @@ def encode_prompts(
     Raises:
         TrainingError: if the base model cannot be loaded.
     """
-    try:
+    with loading("pretrained_model_name_or_path", config.pretrained_model_name_or_path):
         encoders = StableDiffusionXLPipeline.from_pretrained(
             config.pretrained_model_name_or_path,
             unet=None,
@@ -151,20 +157,28 @@ def encode_prompts(
             dtype=dtype,
             add_watermarker=False,
         ).to(device)
-    except (OSError, ValueError) as error:
-        raise base_model_error(config, error) from error
     embeds = {}
     for prompt in sorted(prompts):
-        prompt_embeds, _, pooled, _ = encoders.encode_prompt(prompt, device=device, do_classifier_free_guidance=False)
-        embeds[prompt] = PromptEmbeds(prompt_embeds, pooled)
+        positive, negative, pooled, negative_pooled = encoders.encode_prompt(prompt, device=device)
+        embeds[prompt] = PromptEmbeds(positive, pooled, negative, negative_pooled)
     return embeds
 
 
-def base_model_error(config: TrainingConfig, error: Exception) -> TrainingError:
-    """Say in one sentence that the base model cannot be loaded, and why."""
-    reason = str(error).strip().splitlines()[0]
-    return TrainingError(
-        f"cannot load --pretrained_model_name_or_path={config.pretrained_model_name_or_path} as SDXL ({reason}); "
-        "pass a local "
-        "folder in diffusers' format, or a hub id that is within reach."
-    )
+@contextmanager
+def loading(flag: str, value: str) -> Iterator[None]:
+    """Turn what goes wrong while a model loads into one sentence.
+
+    Args:
+        flag: the option that names the model. value: what it was given.
+
+    Raises:
+        TrainingError: instead of OSError, ValueError and the like.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"cannot load --{flag}={value} ({reason}); pass a local SDXL folder in diffusers' format, or a hub id "
+            "that is within reach."
+        ) from error

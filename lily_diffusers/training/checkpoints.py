@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -25,9 +26,13 @@ from .config import TrainingConfig, TrainingError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
-_SAME_RUN = ("seed", "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler")
-"""Options that must not change for a resumed run to be the run it continues."""
+_NAME = re.compile(r"checkpoint-\d+")
+_MAY_CHANGE = {
+    "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+    "validation_prompt", "validation_steps", "num_validation_images", "num_inference_steps", "report_to", "logging_dir",
+    "logging_steps", "gradient_checkpointing", "allow_tf32",
+}  # fmt: skip
+"""Options that a resumed run may be given anew; with any other one changed it would not be the run it continues."""
 
 
 class Checkpoints:
@@ -37,10 +42,21 @@ class Checkpoints:
         accelerator: whose state is saved; `bank` is saved instead of the models prepared with it.
         bank: the adapter that is trained.
         config: the run's options.
+        photos: names of the photos, which a resumed run must have again.
+        metadata: for the adapter in each checkpoint, beside the number of steps.
     """
 
-    def __init__(self, accelerator: Accelerator, bank: LilyBank, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        bank: LilyBank,
+        config: TrainingConfig,
+        photos: list[str],
+        metadata: dict[str, str],
+    ) -> None:
         self.accelerator, self.bank, self.config = accelerator, bank, config
+        self.photos, self.metadata = photos, metadata
+        self._step = 0
         accelerator.register_save_state_pre_hook(self._save_adapter_instead)
         accelerator.register_load_state_pre_hook(self._load_adapter_instead)
 
@@ -53,6 +69,7 @@ class Checkpoints:
         folder = self.config.output / f"checkpoint-{step}"
         partial = self.config.output / f".checkpoint-{step}.partial"
         main = self.accelerator.is_main_process
+        self._step = step
         try:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -64,7 +81,7 @@ class Checkpoints:
                 self._write_manifest(partial, step)
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
-                self._prune()
+                self._prune(step)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             last = find_last(self.config.output)
@@ -80,10 +97,17 @@ class Checkpoints:
             The step it was written after; 0 if 'latest' finds none.
 
         Raises:
-            TrainingError: if a named checkpoint is not there or not whole, or is of another run.
+            TrainingError: if a named checkpoint is not there or not whole, or is of another run; or if nothing
+                is to be resumed but the output folder holds the checkpoints of an earlier run.
         """
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
+            earlier = all_checkpoints(self.config.output)
+            if earlier:
+                raise TrainingError(
+                    f"--output_dir={self.config.output} holds {earlier[0].name} of an earlier run; continue it with "
+                    "--resume_from_checkpoint latest, or choose another folder."
+                )
             return 0
         folder = find_last(self.config.output) if wanted == "latest" else self._named(wanted)
         if folder is None:
@@ -121,9 +145,9 @@ class Checkpoints:
             )
 
     def _describe_run(self) -> dict[str, object]:
-        run = {name: getattr(self.config, name) for name in _SAME_RUN}
-        run["num_processes"] = self.accelerator.num_processes
-        return run | dataclasses.asdict(self.bank.config)
+        run = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in _MAY_CHANGE}
+        run |= {"mixed_precision": self.accelerator.mixed_precision, "photos": self.photos}
+        return run | {"num_processes": self.accelerator.num_processes} | dataclasses.asdict(self.bank.config)
 
     def _write_manifest(self, folder: Path, step: int) -> None:
         files = {
@@ -132,16 +156,18 @@ class Checkpoints:
         text = json.dumps({"step": step, "run": self._describe_run(), "files": files}, indent=1)
         write_atomically(folder / MANIFEST, lambda path: path.write_text(text))
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
+        """Delete whole checkpoints up to this step beyond the limit; a half-written one does not count as kept."""
         limit = self.config.checkpoints_total_limit
         if limit is not None:
-            for folder in all_checkpoints(self.config.output)[limit:]:
+            done = [folder for folder in all_checkpoints(self.config.output) if step_of(folder) <= step]
+            for folder in [folder for folder in done if is_whole(folder)][limit:]:
                 shutil.rmtree(folder)
 
     def _save_adapter_instead(self, models: list, weights: list, output_dir: str) -> None:
         weights.clear()  # of the frozen UNet; nothing else is prepared as a model
         if self.accelerator.is_main_process:
-            save_bank(self.bank, Path(output_dir) / WEIGHT_NAME)
+            save_bank(self.bank, Path(output_dir) / WEIGHT_NAME, self.metadata | {"steps": str(self._step)})
 
     def _load_adapter_instead(self, models: list, input_dir: str) -> None:
         models.clear()
@@ -151,8 +177,14 @@ class Checkpoints:
 
 def all_checkpoints(output: Path) -> list[Path]:
     """List the checkpoint folders of a run, the newest first, whole or not."""
-    found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(
+        (path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True
+    )
+
+
+def step_of(folder: Path) -> int:
+    """Return the number of optimiser steps in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def is_whole(folder: Path) -> bool:
@@ -179,7 +211,7 @@ def check_output(output: Path) -> None:
     Raises:
         TrainingError: if it cannot.
     """
-    probe = output / ".write-probe"
+    probe = output / f".write-probe-{os.getpid()}"  # each process its own
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe.write_text("")

@@ -24,7 +24,13 @@ from .config import TrainingConfig, TrainingError
 
 logger = logging.getLogger(__name__)
 
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+
+_UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".jxl", ".psd"})
+"""Pictures, too, but Pillow cannot read them."""
+
+MAX_ASPECT = 8
+"""Photos longer than this times their width are refused: one crop says little of them, and resized they fill memory."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,11 @@ def find_photos(folder: str | Path) -> list[Path]:
             "put 3 to 30 there."
         )
     if len(photos) < len(files):
-        ignored = ", ".join(file.name for file in files if file not in set(photos))
-        logger.info("ignored in %s, not photos: %s", folder, ignored)
+        ignored = [file for file in files if file not in set(photos)]
+        logger.info("ignored in %s, not photos: %s", folder, ", ".join(file.name for file in ignored))
+        unread = [file.name for file in ignored if file.suffix.lower() in _UNREAD_SUFFIXES]
+        if unread:
+            logger.warning("ignored in %s, convert them to JPEG to train on them: %s", folder, ", ".join(unread))
     return photos
 
 
@@ -113,13 +122,16 @@ def load_photo(path: Path, resolution: int) -> Photo:
     """Read one photo: turn it upright by its EXIF tag, convert it to RGB, resize its short side.
 
     Raises:
-        OSError, ValueError: if it is not a picture, is truncated, or has a mode without a known range.
+        OSError, ValueError: if it is not a picture, is truncated, is a long strip, or has a mode without a
+            known range.
     """
     with warnings.catch_warnings(), Image.open(path) as file:
         warnings.simplefilter("ignore")  # Pillow warns of harmless oddities in EXIF and palette data
         file.load()
         upright = to_rgb(ImageOps.exif_transpose(file))
     width, height = upright.size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"a strip of {width}×{height} pixels; crop it to {MAX_ASPECT}:1 or less")
     scale = resolution / min(width, height)
     if scale > 1:
         logger.warning(

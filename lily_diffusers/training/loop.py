@@ -30,13 +30,13 @@ class Inputs:
     """What the loop trains on.
 
     Attributes:
-        source: latents of the photos. photos: how many there are.
+        source: latents of the photos. photos: their names.
         prompt: the instance prompt's embeddings.
         scheduler: adds noise. vae_config: of the VAE that made the latents.
     """
 
     source: LatentSource
-    photos: int
+    photos: list[str]
     prompt: PromptEmbeds
     scheduler: DDPMScheduler
     vae_config: object
@@ -48,6 +48,7 @@ def train(
     bank: LilyBank,
     inputs: Inputs,
     config: TrainingConfig,
+    metadata: dict[str, str],
     validate: Callable[[int], object] | None = None,
 ) -> int:
     """Train a bank, writing checkpoints, curves and validation pictures on the way.
@@ -58,6 +59,7 @@ def train(
         bank: what is trained.
         inputs: what it is trained on.
         config: the run's options.
+        metadata: for the adapters inside the checkpoints.
         validate: called on the main process with the number of steps done.
 
     Returns:
@@ -85,7 +87,7 @@ def train(
         power=config.lr_power,
     )
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-    checkpoints = Checkpoints(accelerator, bank, config)
+    checkpoints = Checkpoints(accelerator, bank, config, inputs.photos, metadata)
     start = checkpoints.resume()
     bar = tqdm(
         range(start, config.max_train_steps),
@@ -98,9 +100,9 @@ def train(
     for step in bar:
         log = (step + 1) % config.logging_steps == 0 or step + 1 == config.max_train_steps
         curves = _optimise(accelerator, model, bank, optimizer, inputs, config, step, log)
+        curves["lr"] = lr_scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
-        curves["lr"] = lr_scheduler.get_last_lr()[0]
         bar.set_postfix(loss=f"{curves['loss']:.4f}", lr=f"{curves['lr']:.1e}")
         if log:
             accelerator.log(curves, step=step + 1)
@@ -131,7 +133,7 @@ def _optimise(
             with accelerator.accumulate(model):
                 batch = draw_batch(
                     inputs.source,
-                    photos=inputs.photos,
+                    photos=len(inputs.photos),
                     seed=config.seed,
                     step=step,
                     examples=examples,
@@ -178,6 +180,6 @@ def _check_finite(accelerator: Accelerator, config: TrainingConfig, step: int, l
     kept = f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
     what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {grad_norm}"
     raise TrainingError(
-        f"{what} at step {step + 1}, so training stopped; {kept}. Lower --learning_rate={config.learning_rate} or use "
-        "--mixed_precision=bf16, then resume."
+        f"{what} at step {step + 1}, so training stopped; {kept}. Train anew, in another --output_dir, with a lower "
+        f"--learning_rate than {config.learning_rate} or with --mixed_precision=bf16."
     )

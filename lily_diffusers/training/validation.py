@@ -22,7 +22,7 @@ def validate(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
     config: TrainingConfig,
-    prompts: dict[str, PromptEmbeds],
+    prompt: PromptEmbeds,
     step: int,
 ) -> list[Image.Image]:
     """Draw the validation pictures, save them and send them to TensorBoard. The main process calls it.
@@ -30,15 +30,14 @@ def validate(
     Args:
         accelerator: the run's.
         unet: unwrapped, with the adapter.
-        vae: a decoder; the caller may drop it afterwards.
+        vae: in float32, as SDXL's must decode; the caller may drop it afterwards.
         config: the run's options.
-        prompts: holds the validation prompt and the empty prompt.
+        prompt: the validation prompt's embeddings.
         step: optimiser steps done, for the file names.
 
     Returns:
         The pictures, which also stand in `output_dir/validation/step-{step}/`.
     """
-    assert config.validation_prompt is not None
     pipe = StableDiffusionXLPipeline.from_pretrained(
         config.pretrained_model_name_or_path,
         unet=unet,
@@ -52,18 +51,17 @@ def validate(
         add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
-    prompt, empty = prompts[config.validation_prompt], prompts[""]
     was_training = unet.training
     unet.eval()
     images = []
     try:
         for index in range(config.num_validation_images):
-            # No autocast here: the prepared UNet brings its own, and SDXL's VAE must decode in float32.
+            # No autocast here: the prepared UNet brings its own and answers in float32, which the VAE must stay in.
             images += pipe(
                 prompt_embeds=prompt.prompt_embeds,
                 pooled_prompt_embeds=prompt.pooled,
-                negative_prompt_embeds=empty.prompt_embeds,
-                negative_pooled_prompt_embeds=empty.pooled,
+                negative_prompt_embeds=prompt.negative_prompt_embeds,
+                negative_pooled_prompt_embeds=prompt.negative_pooled,
                 height=config.resolution,
                 width=config.resolution,
                 num_inference_steps=config.num_inference_steps,
