@@ -52,7 +52,8 @@ class LilyAdapters(nn.Module):
         self.banks = nn.ModuleDict()
         self.active = ActiveBanks()
         self._originals: dict[str, Any] = {}
-        self._processors = {name: LilyAttnProcessor(name, self.active) for name in attention_modules(unet)}
+        self._attentions = attention_modules(unet)  # a plain dict: walking a UNet's modules takes milliseconds
+        self._processors = {name: LilyAttnProcessor(name, self.active) for name in self._attentions}
         self._hooks = [
             unet.register_forward_pre_hook(_check_before_forward),
             unet.register_state_dict_post_hook(_leave_out_of_state_dict),
@@ -63,9 +64,9 @@ class LilyAdapters(nn.Module):
         """Return the bank of that name, which must be there."""
         return cast(LilyBank, self.banks[name])
 
-    def attach(self, unet: UNet2DConditionModel) -> None:
+    def attach(self) -> None:
         """Install our processors wherever another one stands, remembering that one."""
-        for name, attention in attention_modules(unet).items():
+        for name, attention in self._attentions.items():
             if attention.processor is self._processors[name]:
                 continue
             if not isinstance(attention.processor, _REPLACEABLE):
@@ -74,24 +75,24 @@ class LilyAdapters(nn.Module):
                     "silently replace; take it off first (for an IP-Adapter: pipe.unload_ip_adapter())."
                 )
             self._originals[name] = attention.processor
-        for name, attention in attention_modules(unet).items():
+        for name, attention in self._attentions.items():
             attention.set_processor(self._processors[name])
             self._processors[name].prompt_deltas.clear()
 
-    def detach(self, unet: UNet2DConditionModel) -> None:
+    def detach(self) -> None:
         """Restore the processors that ours replaced, and remove our hooks."""
-        for name, attention in attention_modules(unet).items():
+        for name, attention in self._attentions.items():
             if attention.processor is self._processors[name]:
                 attention.set_processor(self._originals[name])
         for hook in self._hooks:
             hook.remove()
         self.active.banks = []  # processors that someone kept then compute the base
 
-    def replaced(self, unet: UNet2DConditionModel) -> list[str]:
+    def replaced(self) -> list[str]:
         """Describe the attention layers whose processor is no longer ours."""
         return [
             f"{name} ({type(attention.processor).__name__})"
-            for name, attention in attention_modules(unet).items()
+            for name, attention in self._attentions.items()
             if attention.processor is not self._processors[name]
         ]
 
@@ -148,13 +149,13 @@ def add_bank(
         )
     bank = LilyBank(find_slots(unet, config.target_modules, config.layer_order), config, generator).to(device)
     if adapters is not None:
-        adapters.attach(unet)
+        adapters.attach()
     else:
         adapters = LilyAdapters(unet)
         try:
-            adapters.attach(unet)
+            adapters.attach()
         except ValueError:
-            adapters.detach(unet)
+            adapters.detach()
             raise
         setattr(unet, _ATTRIBUTE, adapters)
     adapters.banks[adapter_name] = bank.train(unet.training)
@@ -180,7 +181,7 @@ def remove_lily(unet: UNet2DConditionModel, adapter_name: str | None = None) -> 
         if adapters.banks:
             return
     if adapters is not None:
-        adapters.detach(unet)
+        adapters.detach()
         delattr(unet, _ATTRIBUTE)
 
 
@@ -201,7 +202,7 @@ def activate(unet: UNet2DConditionModel, names: Sequence[str], weights: Sequence
         raise ValueError(
             f"{len(names)} adapter names {list(names)} and {len(weights)} weights {weights}: give one weight a name."
         )
-    adapters.attach(unet)
+    adapters.attach()
     adapters.active.banks = [(adapters.bank(name), float(weight)) for name, weight in zip(names, weights, strict=True)]
 
 
@@ -243,7 +244,7 @@ def check_attached(unet: UNet2DConditionModel) -> None:
         RuntimeError: naming the layers and the call that puts the adapters back.
     """
     adapters = get_adapters(unet)
-    replaced = adapters.replaced(unet) if adapters is not None else []
+    replaced = adapters.replaced() if adapters is not None else []
     if replaced:
         raise RuntimeError(
             f"{len(replaced)} attention processors of the UNet were replaced after Lily was put on it, "
