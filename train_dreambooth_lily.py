@@ -142,3 +142,7 @@ if __name__ == "__main__":
         main()
     except (TrainingError, LilyFileError, OSError) as error:
         raise SystemExit(f"train_dreambooth_lily.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "train_dreambooth_lily.py: interrupted; continue with --resume_from_checkpoint latest"
+        ) from None
