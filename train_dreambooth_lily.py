@@ -36,14 +36,19 @@ def parse_args() -> tuple[TrainingConfig, LilyConfig]:
     """Read both configurations from the command line."""
     parser = HfArgumentParser((TrainingConfig, LilyConfig), description=__doc__.splitlines()[0], allow_abbrev=False)
     try:
-        return parser.parse_args_into_dataclasses()
+        config, lily, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     except ValueError as error:  # raised by LilyConfig
         raise TrainingError(str(error)) from error
+    if unknown:
+        raise TrainingError(
+            f"unknown arguments: {' '.join(unknown)}; --help lists all there are (a run's length is --max_train_steps)."
+        )
+    return config, lily
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Set up devices, precision and trackers, and prove that the output folder can be written."""
-    check_output(config.output)
+    check_output(config)
     try:
         accelerator = Accelerator(
             # as a plugin, so that an environment variable of the launcher does not override the flag

@@ -25,7 +25,13 @@ from lily_diffusers import delete_lily_adapter, lily_disabled, load_lily_weights
 SIZE_STEP = 8
 """Widths and heights are multiples of this (pixels): diffusers' SDXL pipeline asks for it."""
 
+LARGEST_SIZE = 4096
+"""Widths and heights end here (pixels): a slip of the finger must not take the machine's memory."""
+
 LARGEST_SEED = 2**32 - 1
+
+ADAPTERS_KEPT = 4
+"""Adapters that stay loaded; the one not used for the longest goes first."""
 
 OnStep = Callable[[int, int, int], None]
 """Called after each denoising step with (steps done, steps in all, index of the picture)."""
@@ -198,7 +204,11 @@ class Generator:
                     delete_lily_adapter(self.pipe, known[0])
                 self._names += 1
                 name = load_lily_weights(self.pipe, path, adapter_name=f"page_{self._names}")
-                self._loaded[request.adapter] = (name, stamp)
+                known = (name, stamp)
+            self._loaded.pop(request.adapter, None)
+            self._loaded[request.adapter] = known  # the last used stands last
+            while len(self._loaded) > ADAPTERS_KEPT:
+                delete_lily_adapter(self.pipe, self._loaded.pop(next(iter(self._loaded)))[0])
         except (OSError, ValueError) as error:
             raise GeneratorError(str(error)) from error  # a sentence that names the file
         set_lily_adapters(self.pipe, self._loaded[request.adapter][0], request.strength)
@@ -220,10 +230,15 @@ class Generator:
                     callback_on_step_end=step,
                 ).images[0]
             except torch.OutOfMemoryError as error:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 raise GeneratorError(
                     f"a picture of {request.width}x{request.height} pixels does not fit into the memory of "
                     f"{self.device}; choose a smaller width and height."
                 ) from error
+            finally:  # diffusers decodes in float32 and, when that fails, leaves the VAE so
+                if self.pipe.vae.dtype != self.dtype:
+                    self.pipe.vae.to(self.dtype)
 
 
 def check(request: Request) -> None:
@@ -241,6 +256,8 @@ def check(request: Request) -> None:
         if size < SIZE_STEP or size % SIZE_STEP:
             nearest = max(SIZE_STEP, round(size / SIZE_STEP) * SIZE_STEP)
             raise GeneratorError(f"{name} {size} is not a positive multiple of {SIZE_STEP}; {nearest} is the nearest.")
+        if size > LARGEST_SIZE:
+            raise GeneratorError(f"{name} {size} is too large; {LARGEST_SIZE} is the most.")
     if request.steps < 1:
         raise GeneratorError(f"steps is {request.steps}; ask for 1 or more, 30 is usual.")
     if request.count < 1:

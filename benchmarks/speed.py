@@ -179,8 +179,10 @@ def time_forward(unet: UNet2DConditionModel, subjects: dict[str, Subject], args:
     changes = check_outputs(forwards)
     samples = interleave(forwards, args.rounds, args.warmup, unet.device)
     results = {}
-    for name, forward in forwards.items():
-        growth = memory_growth(forward, unet.device)
+    for name, subject in subjects.items():
+        first_step = make_forward(subject, inputs, fresh_prompt=True)
+        first_step()  # its prompt is gone afterwards, and with it what a method keeps for a prompt
+        growth = memory_growth(first_step, unet.device)
         own = _bytes(unet.parameters()) + _bytes(subjects[name].applied.parameters)
         results[name] = summarise(samples, name, growth, own) | {"output_change": changes[name]}
     return results

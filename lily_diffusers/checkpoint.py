@@ -6,6 +6,7 @@ One safetensors file, each tensor once; its header's metadata holds all that loa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -69,8 +70,25 @@ def save_bank(bank: LilyBank, path: Path, metadata: Mapping[str, str] | None = N
         "format_version": str(FORMAT_VERSION),
         "lily_config": bank.config.to_json(),
     }
-    write_atomically(path, lambda partial: safetensors.torch.save_file(tensors, partial, metadata=header))
+
+    def write(partial: Path) -> None:
+        safetensors.torch.save_file(tensors, partial, metadata=header)
+        _sort_metadata(partial)
+
+    write_atomically(path, write)
     return path
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order: safetensors writes it in another one each time, and bytes should repeat."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read_header(path: str | Path) -> Header:
@@ -128,7 +146,7 @@ def load_bank(unet: UNet2DConditionModel, path: Path, adapter_name: str) -> Lily
     before = list(adapters.active.banks) if adapters is not None else []
     bank = add_bank(unet, header.config, adapter_name, torch.Generator())
     try:
-        fill_bank(bank, tensors, path)
+        fill_bank(bank, tensors, f"{path}, trained on {header.metadata.get('base_model', 'an unnamed base')},")
     except LilyFileError:
         remove_lily(unet, adapter_name)
         if adapters is not None:
@@ -138,7 +156,7 @@ def load_bank(unet: UNet2DConditionModel, path: Path, adapter_name: str) -> Lily
     return bank
 
 
-def fill_bank(bank: LilyBank, tensors: Mapping[str, Tensor], source: Path) -> None:
+def fill_bank(bank: LilyBank, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy tensors into a bank by name.
 
     Args:
@@ -160,8 +178,8 @@ def fill_bank(bank: LilyBank, tensors: Mapping[str, Tensor], source: Path) -> No
     if problems:
         shown = "; ".join(sorted(problems)[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise LilyFileError(
-            f"{source} was made for a UNet of another geometry than this one, {len(problems)} keys differ: {shown}. "
-            "Load it into the base model that it was trained on."
+            f"{source} was made for a UNet of another geometry than this one; load it into the base model that it was "
+            f"trained on ({len(problems)} keys differ: {shown})."
         )
     with torch.no_grad():
         for name, parameter in wanted.items():

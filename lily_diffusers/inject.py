@@ -8,6 +8,7 @@ what to restore. Imports `targets`, `config`, `bank` and `processors`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -135,7 +136,7 @@ def add_bank(
         raise ValueError(
             f"an adapter named '{adapter_name}' is already there; delete it first, or choose another adapter_name."
         )
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"adapter_name={adapter_name!r} must be a name without dots, and none that torch's ModuleDict uses itself; "
             "'duck' will do."
@@ -194,7 +195,7 @@ def activate(unet: UNet2DConditionModel, names: Sequence[str], weights: Sequence
         weights: strength of each, 1.0 by default.
 
     Raises:
-        ValueError: if a name is unknown or given twice, or the lengths differ.
+        ValueError: if a name is unknown or given twice, the lengths differ, or a weight is not finite.
     """
     adapters = _require(unet, names)
     weights = [1.0] * len(names) if weights is None else list(weights)
@@ -202,6 +203,9 @@ def activate(unet: UNet2DConditionModel, names: Sequence[str], weights: Sequence
         raise ValueError(
             f"{len(names)} adapter names {list(names)} and {len(weights)} weights {weights}: give one weight a name."
         )
+    bad = [weight for weight in weights if isinstance(weight, str) or not math.isfinite(weight)]
+    if bad:
+        raise ValueError(f"adapter weights {weights} must be finite numbers; 1.0 is as trained, 0.0 is the base.")
     adapters.attach()
     adapters.active.banks = [(adapters.bank(name), float(weight)) for name, weight in zip(names, weights, strict=True)]
 

@@ -179,8 +179,12 @@ def _find_file(name_or_path: str | Path, *, weight_name: str, subfolder: str | N
         path = path / (subfolder or "")
         if not (path / weight_name).is_file():
             others = sorted(file.name for file in path.glob("*.safetensors"))
-            hint = f"; it holds {', '.join(others)}: pass one as weight_name" if others else ""
-            raise LilyFileError(f"the folder {path} holds no {weight_name}{hint}.")
+            hint = "pass the output_dir of a training run"
+            if "pytorch_lora_weights.safetensors" in others:
+                hint = "it holds a LoRA, which loads with pipe.load_lora_weights()"
+            elif others:
+                hint = f"it holds {', '.join(others)}: pass one as weight_name"
+            raise LilyFileError(f"the folder {path} holds no {weight_name}; {hint}.")
         return path / weight_name
     try:
         return Path(huggingface_hub.hf_hub_download(str(name_or_path), weight_name, subfolder=subfolder, **hub))

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from app.catalogue import GeneratorError, find_adapters
-from app.generator import LARGEST_SEED, Generator, Request
+from app.generator import ADAPTERS_KEPT, LARGEST_SEED, Generator, Request
 from examples.tiny_sdxl import make_unet
-from lily_diffusers import LilyConfig, inject_lily, save_lily_weights
+from lily_diffusers import LilyConfig, get_lily_adapters, inject_lily, save_lily_weights
 from lily_diffusers.checkpoint import WEIGHT_NAME
 
 ASK = Request("a photo of sks dog", steps=3, width=64, height=64, seed=7)
@@ -229,6 +229,7 @@ class TestSteps:
     [
         ({"prompt": "  "}, "the prompt is empty; describe the picture you want"),
         ({"width": 100}, "width 100 is not a positive multiple of 8; 96 is the nearest"),
+        ({"width": 100_000}, "width 100000 is too large; 4096 is the most"),
         ({"height": 0}, "height 0 is not a positive multiple of 8; 8 is the nearest"),
         ({"steps": 0}, "steps is 0; ask for 1 or more"),
         ({"count": 0}, "number of pictures is 0; ask for 1 or more"),
@@ -253,6 +254,35 @@ def test_an_adapter_that_does_not_load_is_one_error_and_the_generator_stays_usab
     with pytest.raises(GeneratorError, match="is not a Lily adapter"):
         list(generator.generate(replace(ASK, adapter=str(broken))))
     assert len(list(generator.generate(replace(ASK, adapter=dog)))) == 1
+
+
+def test_only_the_last_adapters_stay_loaded(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
+    generator = Generator(tiny_sdxl_dir, device="cpu")
+    files = [str(write_adapter(tmp_path / str(i), seed=i)) for i in range(ADAPTERS_KEPT + 2)]
+    pictures = []
+    for file in [*files, files[0]]:
+        request = Request("a toy", adapter=file, steps=1, width=64, height=64, seed=0)
+        pictures += [pixels(picture.image) for picture in generator.generate(request)]
+        assert len(get_lily_adapters(generator.pipe)) <= ADAPTERS_KEPT
+    assert np.array_equal(pictures[0], pictures[-1])
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_running_out_of_memory_while_decoding_leaves_the_generator_usable(
+    tiny_sdxl_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(tiny_sdxl_dir, device="cpu", dtype="float16")
+    request = Request("a toy", steps=1, width=64, height=64, seed=0)
+    expected = [pixels(picture.image) for picture in generator.generate(request)]
+
+    def full(*_args: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generator.pipe.vae, "decode", full)
+        with pytest.raises(GeneratorError, match="choose a smaller width and height"):
+            list(generator.generate(request))
+    assert np.array_equal(expected, [pixels(picture.image) for picture in generator.generate(request)])
 
 
 @pytest.fixture

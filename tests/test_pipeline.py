@@ -86,6 +86,21 @@ def test_stored_numbers_are_the_unique_trainable_parameters(load_pipe: Load, ada
     assert adapter.stat().st_size < 4 * stored + 40_000  # and nothing else but the header
 
 
+def test_the_same_adapter_gives_the_same_bytes(load_pipe: Load, adapter: Path, tmp_path: Path) -> None:
+    pipe = load_pipe()
+    lily.load_lily_weights(pipe, adapter)
+    many = {f"key {i}": f"välue {i}" for i in range(20)}
+    files = [lily.save_lily_weights(pipe, tmp_path / f"{i}.safetensors", metadata=many) for i in range(5)]
+    assert len({file.read_bytes() for file in files}) == 1
+    assert read_header(files[0]).metadata["key 7"] == "välue 7"
+
+
+def test_a_folder_with_a_lora_is_sent_to_diffusers(load_pipe: Load, tmp_path: Path) -> None:
+    safetensors.torch.save_file({"lora": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(LilyFileError, match=r"it holds a LoRA, which loads with pipe\.load_lora_weights\(\)"):
+        lily.load_lily_weights(load_pipe(), tmp_path)
+
+
 def test_the_header_says_what_the_file_is(adapter: Path, tiny_sdxl_dir: Path) -> None:
     header = read_header(adapter)
     assert header.config == lily.LilyConfig(r=4, stride_A=3, num_B=3)
@@ -196,7 +211,7 @@ def test_an_adapter_for_another_geometry_is_refused_with_all_differences(adapter
     with pytest.raises(LilyFileError) as caught:
         lily.load_lily_weights(pipe, adapter)
     message = str(caught.value)
-    assert "3 keys differ" in message and str(adapter) in message
+    assert "3 keys differ" in message and f"{adapter}, trained on " in message
     assert "missing B.to_v-64x64 (3, 4, 64)" in message and "unexpected B.to_q-1280x1280 (1,)" in message
     assert "B.to_q-64x64 has shape (3, 4, 63) where this UNet needs (3, 4, 64)" in message
     assert not hasattr(pipe.unet, "lily") and np.array_equal(draw(pipe), base)

@@ -110,6 +110,16 @@ def test_attention_masks_mean_what_they_mean_to_diffusers(unet: UNet2DConditionM
     assert not torch.equal(masked, unet(**inputs).sample)
 
 
+@torch.no_grad()
+def test_a_masked_token_is_a_token_that_is_not_there(unet: UNet2DConditionModel) -> None:
+    perturbed(unet, router="static")  # the others route by all tokens that they are given
+    inputs = unet_inputs(1)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]])
+    masked = unet(**inputs, encoder_attention_mask=mask).sample
+    short = inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :3]}
+    torch.testing.assert_close(masked, unet(**short).sample, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_unets) -> None:
     gradients = []
     for unet, checkpointing in zip(tiny_unets(2), (False, True), strict=True):

@@ -63,6 +63,10 @@ def test_the_five_lines_that_load_an_adapter_run(
     exec(code, names)
     assert np.asarray(names["image"]).shape == (64, 64, 3)
     assert lily.get_lily_adapters(names["pipe"]) == {"default_0": 1.0}
+    mixing = next(block for block in blocks("python") if "unload_lily_weights(pipe)" in block)
+    exec(mixing.replace("runs/duck", str(tmp_path)).replace("runs/style", str(tmp_path)), names)
+    assert lily.get_lily_adapters(names["pipe"]) == {"duck": 1.0, "style": 0.6}
+    assert not np.array_equal(names["image"], names["base"])
 
 
 def test_the_lines_for_ones_own_loop_run(unet, tmp_path: Path) -> None:

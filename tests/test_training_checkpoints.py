@@ -39,6 +39,7 @@ def test_the_newest_are_kept(make, tmp_path: Path) -> None:
     checkpoints = make(checkpoints_total_limit=2)
     for step in (8, 9, 10, 11):
         checkpoints.save(step)
+        checkpoints.prune()
     assert names(tmp_path) == ["checkpoint-11", "checkpoint-10"]
     assert not list(tmp_path.glob(".*"))
 
@@ -48,8 +49,28 @@ def test_pruning_never_counts_a_half_written_checkpoint_as_kept(make, tmp_path: 
     checkpoints.save(40)
     (tmp_path / "checkpoint-40" / WEIGHT_NAME).write_bytes(b"half")
     checkpoints.save(30)  # resumed from 20, because 40 is not whole
+    checkpoints.prune()
     assert names(tmp_path) == ["checkpoint-40", "checkpoint-30"]
     assert find_last(tmp_path) == tmp_path / "checkpoint-30"
+
+
+def test_the_one_before_stays_until_the_newest_has_proved_itself(make, tmp_path: Path) -> None:
+    checkpoints = make(checkpoints_total_limit=1)
+    checkpoints.save(1)
+    checkpoints.prune()
+    checkpoints.save(2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-1"]
+    assert find_last(tmp_path, before=2) == tmp_path / "checkpoint-1"
+    checkpoints.prune()
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_half_written_checkpoints_of_the_past_are_removed(make, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    checkpoints = make(checkpoints_total_limit=2)
+    checkpoints.save(4)
+    checkpoints.prune()
+    assert names(tmp_path) == ["checkpoint-4"]
 
 
 def test_a_save_that_fails_keeps_the_last_one_and_names_it(make, tmp_path: Path) -> None:
@@ -84,12 +105,16 @@ def test_an_old_folder_is_not_started_over(make, tmp_path: Path) -> None:
     checkpoints = make()
     checkpoints.save(5)
     with pytest.raises(TrainingError, match="holds checkpoint-5 of an earlier run"):
-        checkpoints.resume()
+        check_output(checkpoints.config)
+    checkpoints.config.resume_from_checkpoint = "latest"
+    check_output(checkpoints.config)
 
 
-def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    check_output(tmp_path / "new")
+def test_an_output_folder_that_cannot_be_written_is_named(make, tmp_path: Path) -> None:
+    config = make(output_dir=str(tmp_path / "new")).config
+    check_output(config)
     assert not list((tmp_path / "new").iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match="--output_dir=.*file.* cannot be written"):
-        check_output(tmp_path / "file")
+    config.output_dir = str(tmp_path / "file")
+    with pytest.raises(TrainingError, match="--output_dir=.*file is a file and cannot be written to"):
+        check_output(config)

@@ -295,5 +295,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny_sdxl_dir: Path, tmp_path:
 
 def test_a_base_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     config = options(tmp_path, pretrained_model_name_or_path=str(tmp_path / "nothing"))
-    with pytest.raises(TrainingError, match=r"cannot load --pretrained_model_name_or_path=.*nothing \("):
+    with pytest.raises(
+        TrainingError, match=r"cannot load --pretrained_model_name_or_path=.*nothing: it is no folder here"
+    ):
         encode_prompts(config, {"a duck"}, torch.device("cpu"), torch.float32)

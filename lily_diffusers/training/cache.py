@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -178,7 +179,11 @@ def loading(flag: str, value: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = (
+            "is a folder, but not a model that loads"
+            if Path(value).is_dir()
+            else "is no folder here, nor a hub id in reach"
+        )
         raise TrainingError(
-            f"cannot load --{flag}={value} ({reason}); pass a local SDXL folder in diffusers' format, or a hub id "
-            "that is within reach."
+            f"cannot load --{flag}={value}: it {what} ({reason[:120]}); pass SDXL in diffusers' format."
         ) from error

@@ -81,7 +81,6 @@ class Checkpoints:
                 self._write_manifest(partial, step)
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
-                self._prune(step)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             last = find_last(self.config.output)
@@ -97,17 +96,10 @@ class Checkpoints:
             The step it was written after; 0 if 'latest' finds none.
 
         Raises:
-            TrainingError: if a named checkpoint is not there or not whole, or is of another run; or if nothing
-                is to be resumed but the output folder holds the checkpoints of an earlier run.
+            TrainingError: if a named checkpoint is not there or not whole, or is of another run.
         """
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
-            earlier = all_checkpoints(self.config.output)
-            if earlier:
-                raise TrainingError(
-                    f"--output_dir={self.config.output} holds {earlier[0].name} of an earlier run; continue it with "
-                    "--resume_from_checkpoint latest, or choose another folder."
-                )
             return 0
         folder = find_last(self.config.output) if wanted == "latest" else self._named(wanted)
         if folder is None:
@@ -156,13 +148,18 @@ class Checkpoints:
         text = json.dumps({"step": step, "run": self._describe_run(), "files": files}, indent=1)
         write_atomically(folder / MANIFEST, lambda path: path.write_text(text))
 
-    def _prune(self, step: int) -> None:
-        """Delete whole checkpoints up to this step beyond the limit; a half-written one does not count as kept."""
-        limit = self.config.checkpoints_total_limit
-        if limit is not None:
-            done = [folder for folder in all_checkpoints(self.config.output) if step_of(folder) <= step]
-            for folder in [folder for folder in done if is_whole(folder)][limit:]:
-                shutil.rmtree(folder)
+    def prune(self) -> None:
+        """Delete checkpoints beyond the limit, once the newest has proved itself in a step with a finite loss.
+
+        Half-written ones do not count as kept, and go if they are older than the newest of this run.
+        """
+        limit, step, self._step = self.config.checkpoints_total_limit, self._step, 0
+        if limit is None or not step or not self.accelerator.is_main_process:
+            return
+        done = [folder for folder in all_checkpoints(self.config.output) if step_of(folder) <= step]
+        kept = [folder for folder in done if is_whole(folder)][:limit]
+        for folder in set(done) - set(kept):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _save_adapter_instead(self, models: list, weights: list, output_dir: str) -> None:
         weights.clear()  # of the frozen UNet; nothing else is prepared as a model
@@ -172,7 +169,7 @@ class Checkpoints:
     def _load_adapter_instead(self, models: list, input_dir: str) -> None:
         models.clear()
         path = Path(input_dir) / WEIGHT_NAME
-        fill_bank(self.bank, safetensors.torch.load_file(path), path)
+        fill_bank(self.bank, safetensors.torch.load_file(path), str(path))
 
 
 def all_checkpoints(output: Path) -> list[Path]:
@@ -196,25 +193,43 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def find_last(output: Path) -> Path | None:
-    """Return the newest whole checkpoint, saying which newer ones are half written."""
+def find_last(output: Path, before: int | None = None) -> Path | None:
+    """Return the newest whole checkpoint, saying which newer ones are half written.
+
+    Args:
+        output: the run's folder.
+        before: only checkpoints of fewer optimiser steps count; None: all.
+    """
     for folder in all_checkpoints(output):
+        if before is not None and step_of(folder) >= before:
+            continue
         if is_whole(folder):
             return folder
         logger.warning("%s is half written and is not used", folder)
     return None
 
 
-def check_output(output: Path) -> None:
-    """Make the output folder and prove, before training, that it can be written.
+def check_output(config: TrainingConfig) -> None:
+    """Make the output folder and prove, before anything slow, that it can be written and is not another run's.
 
     Raises:
-        TrainingError: if it cannot.
+        TrainingError: if it cannot, or if nothing is to be resumed and it holds checkpoints.
     """
+    output = config.output
     probe = output / f".write-probe-{os.getpid()}"  # each process its own
+    if output.exists() and not output.is_dir():
+        raise TrainingError(
+            f"--output_dir={output} is a file and cannot be written to as a folder; choose another name."
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
         raise TrainingError(f"--output_dir={output} cannot be written ({error}); choose another folder.") from error
+    earlier = all_checkpoints(output)
+    if earlier and config.resume_from_checkpoint is None:
+        raise TrainingError(
+            f"--output_dir={output} holds {earlier[0].name} of an earlier run; continue it with "
+            "--resume_from_checkpoint latest, or choose another folder."
+        )

@@ -42,7 +42,7 @@ class TrainingConfig:
     center_crop: bool = option("crop photos at the centre rather than at random", default=False)
     random_flip: bool = option("mirror photos at random (not for subjects with a left and a right)", default=False)
     cache_latents: bool = option(
-        "encode the photos once and drop the VAE; without it, the VAE stays and every step encodes a fresh crop",
+        "encode the photos once and drop the VAE; with --no_cache_latents it stays and encodes a fresh crop every step",
         default=True,
     )
     crop_variants: int = option("how many random crops of each photo the latent cache holds", default=8)

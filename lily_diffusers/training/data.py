@@ -75,6 +75,8 @@ def find_photos(folder: str | Path) -> list[Path]:
         TrainingError: if the folder is missing, or holds no photo.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise TrainingError(f"--instance_data_dir={folder} is a file; pass the folder that it is in.")
     if not folder.is_dir():
         raise TrainingError(
             f"--instance_data_dir={folder} is not a folder; make it and put 3 to 30 photos of the subject in it."

@@ -100,6 +100,7 @@ def train(
     for step in bar:
         log = (step + 1) % config.logging_steps == 0 or step + 1 == config.max_train_steps
         curves = _optimise(accelerator, model, bank, optimizer, inputs, config, step, log)
+        checkpoints.prune()
         curves["lr"] = lr_scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
@@ -112,6 +113,7 @@ def train(
             if accelerator.is_main_process:
                 validate(step + 1)
             accelerator.wait_for_everyone()
+    checkpoints.prune()
     return max(start, config.max_train_steps)
 
 
@@ -176,8 +178,8 @@ def _check_finite(accelerator: Accelerator, config: TrainingConfig, step: int, l
     """Stop before a NaN reaches the adapter. With fp16 an infinite gradient is the loss scaler's business."""
     if math.isfinite(loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None):
         return
-    last = find_last(config.output)
-    kept = f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
+    last = find_last(config.output, before=step)  # a checkpoint of exactly `step` steps holds the weights that failed
+    kept = f"the last good checkpoint is {last}" if last is not None else "there is no good checkpoint yet"
     what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {grad_norm}"
     raise TrainingError(
         f"{what} at step {step + 1}, so training stopped; {kept}. Train anew, in another --output_dir, with a lower "

@@ -103,6 +103,7 @@ def denoising_loss(
     """
     b = len(batch.latents)
     noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(prompt_embeds.dtype)
-    conditions = {"text_embeds": pooled.expand(b, -1), "time_ids": batch.time_ids.to(prompt_embeds.dtype)}
+    # Sizes stay float32: bfloat16 would round 1365 to 1368 before it is embedded.
+    conditions = {"text_embeds": pooled.expand(b, -1), "time_ids": batch.time_ids}
     prediction = unet(noisy, batch.timesteps, prompt_embeds.expand(b, -1, -1), added_cond_kwargs=conditions).sample
     return F.mse_loss(prediction.float(), training_target(scheduler, batch).float())
