@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from lily_diffusers.training.cache import CachedLatents, LiveLatents, encode, encode_prompts, scale_latents
@@ -25,7 +25,7 @@ from lily_diffusers.training.data import (
     random_crop,
     time_ids,
 )
-from lily_diffusers.training.loss import Batch, draw_batch, training_target
+from lily_diffusers.training.loss import Batch, denoising_loss, draw_batch, training_target
 
 RED, BLUE = (200, 30, 20), (20, 40, 190)
 
@@ -299,3 +299,20 @@ def test_a_base_model_that_is_not_there_is_named(tmp_path: Path) -> None:
         TrainingError, match=r"cannot load --pretrained_model_name_or_path=.*nothing: it is no folder here"
     ):
         encode_prompts(config, {"a duck"}, torch.device("cpu"), torch.float32)
+
+
+def test_sizes_reach_the_unet_unrounded_in_half_precision(unet: UNet2DConditionModel) -> None:
+    seen: list[torch.Tensor] = []
+    unet.to(torch.bfloat16)
+    unet.add_time_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    sizes = torch.tensor([[1365.0, 3001.0, 341.0, 0.0, 1024.0, 1024.0]])
+    batch = Batch(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), torch.tensor([5]), sizes)
+    prompt = torch.zeros(1, 7, 48, dtype=torch.bfloat16)
+    denoising_loss(unet, DDPMScheduler(), batch, prompt, torch.zeros(1, 32, dtype=torch.bfloat16))
+    assert seen[0].tolist() == sizes[0].tolist()
+    # what the cast would have done
+    embed = unet.add_time_proj
+    rounded = sizes.to(torch.bfloat16).float()
+    cosine = torch.cosine_similarity(embed(sizes[0])[0], embed(rounded[0])[0], dim=0)
+    assert rounded[0, 0] == 1368
+    assert cosine < 0.99
