@@ -11,6 +11,8 @@ exists so that tests, the demo and the benchmark run the true code paths without
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import torch
@@ -31,11 +33,35 @@ def _byte_alphabet() -> list[str]:
     return [table[byte] for byte in range(256)]
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """Make a CLIP tokenizer that spells any prompt in bytes (no merges): 514 tokens, 77 at most."""
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Order BPE merges so that every word grows letter by letter from its start, undisturbed by the others' merges."""
+    chains = {}
+    for word in words:
+        ends = [*word[:-1], word[-1] + "</w>"]
+        chains[word] = [("".join(ends[:i]), ends[i]) for i in range(1, len(ends))], ends
+    known = {pair for chain, _ in chains.values() for pair in chain}
+    order: TopologicalSorter[tuple[str, str]] = TopologicalSorter()
+    for chain, ends in chains.values():
+        for i, pair in enumerate(chain):
+            order.add(pair, *chain[:i])
+            for later in zip(ends[i + 1 :], ends[i + 2 :], strict=False):  # letters still single when `pair` merges
+                if later in known:
+                    order.add(later, pair)
+    return list(order.static_order())
+
+
+def make_tokenizer(words: Sequence[str] = (), length: int = 77) -> CLIPTokenizer:
+    """Make a CLIP tokenizer that spells any prompt in bytes, but for words that are one token each.
+
+    Args:
+        words: lower-case words; without any, 514 tokens and no merges.
+        length: tokens of a prompt, start and end included.
+    """
     letters = _byte_alphabet()
-    tokens = letters + [letter + "</w>" for letter in letters] + [_START, _END]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    merges = _merges(words)
+    pieces = ["".join(pair) for pair in merges]
+    tokens = letters + [letter + "</w>" for letter in letters] + pieces + [_START, _END]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=length)
 
 
 def make_unet() -> UNet2DConditionModel:

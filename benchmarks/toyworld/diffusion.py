@@ -1,0 +1,174 @@
+"""Train the base's UNet and text encoders together on latents of the world, from nothing.
+
+May import `data` and what is above it, and `lily_diffusers`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lily_diffusers.training.data import keyed_generator
+
+RATE = 1.2e-3
+_WARMUP = 200
+_COOLDOWN = 0.35  # share of the steps in which the rate falls to nothing
+_EMPTY = 0.1  # share of samples without any conditioning, for classifier-free guidance
+_EMA = 0.9995
+
+
+class Denoiser(nn.Module):
+    """The trained parts of a pipeline, and the loss on a batch of latents.
+
+    Args:
+        pipe: whose UNet and text encoders are trained in place.
+    """
+
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
+        super().__init__()
+        self.unet, self.text_encoder, self.text_encoder_2 = pipe.unet, pipe.text_encoder, pipe.text_encoder_2
+        noise = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.register_buffer("signal", noise.alphas_cumprod.sqrt())
+        self.register_buffer("noise", (1 - noise.alphas_cumprod).sqrt())
+
+    def forward(
+        self, latents: Tensor, ids: Tensor, time_ids: Tensor, epsilon: Tensor, t: Tensor, keep: Tensor
+    ) -> Tensor:
+        """Compute each sample's mean squared error of v (Salimans & Ho, arXiv 2202.00512).
+
+        Args:
+            latents: (b, 4, h, w), scaled.
+            ids: prompt tokens (b, n).
+            time_ids: sizes (b, 6) in pixels.
+            epsilon: noise like latents.
+            t: timesteps (b,), 0 to 999.
+            keep: (b,), 1 where the prompt counts and 0 where its embeddings are zeroed, as SDXL does for no prompt.
+
+        Returns:
+            Errors (b,).
+        """
+        first = self.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        second = self.text_encoder_2(ids, output_hidden_states=True)
+        prompt = torch.cat([first, second.hidden_states[-2]], -1) * keep[:, None, None]
+        signal, noise = self.signal[t][:, None, None, None], self.noise[t][:, None, None, None]
+        predicted = self.unet(
+            signal * latents + noise * epsilon,
+            t,
+            prompt,
+            added_cond_kwargs={"text_embeds": second.text_embeds * keep[:, None], "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+        return F.mse_loss(predicted, signal * epsilon - noise * latents, reduction="none").mean((1, 2, 3))
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Warm up, stay, and fall to nothing as 1 - sqrt in the last third: a longer run can start before the fall."""
+    left = (steps - step) / (_COOLDOWN * steps)
+    return RATE * min(1.0, (step + 1) / _WARMUP) * (1.0 if left >= 1 else 1 - math.sqrt(max(0.0, 1 - left)))
+
+
+def _optimizer(denoiser: Denoiser) -> torch.optim.AdamW:
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in denoiser.named_parameters():
+        (decayed if parameter.dim() > 1 and "embedding" not in name else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99), fused=True)
+
+
+def _batch(latents: Tensor, ids: Tensor, time_ids: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Draw the arguments of one `Denoiser` call; timesteps are spread evenly over the batch."""
+    index = torch.randint(len(latents), (size,), generator=generator)
+    t = ((torch.arange(size) + torch.rand(size, generator=generator)) * (1000 / size)).long().clamp(max=999)
+    epsilon = torch.randn(size, *latents.shape[1:], generator=generator)
+    keep = (torch.rand(size, generator=generator) >= _EMPTY).float()
+    return latents[index].float(), ids[index].long(), time_ids[index].float(), epsilon, t, keep
+
+
+def train_denoiser(
+    denoiser: Denoiser,
+    latents: Tensor,
+    ids: Tensor,
+    time_ids: Tensor,
+    steps: int,
+    batch: int,
+    checkpoint: Path,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Train in place, going on from the checkpoint if there is one; at the end the weights are their moving average.
+
+    Args:
+        denoiser: on the device to train on.
+        latents: (n, 4, 16, 16), scaled.
+        ids: prompt tokens (n, length).
+        time_ids: sizes (n, 6) in pixels.
+        steps: optimiser steps in all.
+        batch: samples a step.
+        checkpoint: file that holds the state; written every 1,000 steps.
+        seed: of the batches.
+
+    Yields:
+        The number of steps done, after each; every 1,000 steps the averaged weights are in place at that moment.
+    """
+    device = denoiser.signal.device
+    optimizer, parameters = _optimizer(denoiser), list(denoiser.parameters())
+    average = [p.detach().clone() for p in parameters]
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        denoiser.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start = state["average"], state["step"]
+        print(f"goes on from step {start} of {checkpoint}", flush=True)
+
+    def swap() -> None:
+        with torch.no_grad():
+            for parameter, mean in zip(parameters, average, strict=True):
+                kept = parameter.clone()
+                parameter.copy_(mean)
+                mean.copy_(kept)
+
+    began, seen = time.monotonic(), []
+    for step in range(start, steps):
+        generator = keyed_generator(seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        denoiser.train()
+        loss = denoiser(*(part.to(device) for part in _batch(latents, ids, time_ids, batch, generator))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(_EMA, (1 + step) / (10 + step)))
+        seen.append(loss.detach())
+        if step % 100 == 99:
+            mean = torch.stack(seen).mean().item()
+            speed = (time.monotonic() - began) / (step + 1 - start)
+            left = speed * (steps - step - 1) / 60
+            print(f"unet {step + 1}/{steps}: loss {mean:.4f} ({speed:.3f} s a step, {left:.0f} min left)", flush=True)
+            seen.clear()
+            if not math.isfinite(mean):
+                raise RuntimeError(f"The loss is {mean} at step {step + 1}; the last whole state is in {checkpoint}.")
+        if step % 1000 == 999 or step == steps - 1:
+            state = {"weights": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(state | {"average": average, "step": step + 1}, partial)
+            partial.rename(checkpoint)
+            swap()
+            denoiser.eval()
+            yield step + 1
+            swap()
+        else:
+            yield step + 1
+    swap()
+    denoiser.eval()

@@ -1,0 +1,127 @@
+"""Make the base from nothing: render the world, train the VAE, then UNet and text encoders, then write it.
+
+    python -m benchmarks.toyworld.pretrain --work build/toyworld --out examples/toy-sdxl
+
+Every stage keeps its result in the work folder and is not run again; the UNet goes on from its last
+checkpoint, so that the command can be stopped and repeated at will. May import all of the toy world but
+the scorer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from torch import Tensor
+
+from .autoencoder import encode, peak_signal, train_vae
+from .data import Pictures, render_pictures
+from .diffusion import Denoiser, train_denoiser
+from .model import make_pipeline, make_vae
+from .objects import CLASSES
+from .places import PLACES
+from .world import SIZE, contact_sheet
+
+OBJECTS = (*(f"{colour} {kind}" for colour, kind in zip(
+    ("red", "blue", "green", "yellow", "purple", "white", "orange", "yellow", "red", "blue"), CLASSES, strict=True
+)), "toy", "red toy", "toy with blue hat, arms, wheels")  # fmt: skip
+"""What the sample sheet shows in every place."""
+
+
+def draw(pipe: StableDiffusionXLPipeline, prompts: list[str], seed: int = 0, batch: int = 26) -> list[np.ndarray]:
+    """Draw each prompt once with the world's usual settings (20 steps, guidance 4).
+
+    Returns:
+        Pictures (64, 64, 3) uint8.
+    """
+    pictures: list[np.ndarray] = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        drawn = pipe(part, height=SIZE, width=SIZE, num_inference_steps=20, guidance_scale=4.0, generator=generators)
+        pictures += [np.asarray(image) for image in drawn.images]
+    return pictures
+
+
+def write_samples(pipe: StableDiffusionXLPipeline, file: Path) -> None:
+    """Write a sheet of the base's own pictures: a row for each of `OBJECTS`, a column for each place."""
+    prompts = [f"a photo of a {what} {phrase}" for what in OBJECTS for phrase, _ in PLACES.values()]
+    pictures = draw(pipe, prompts)
+    wide = len(PLACES)
+    contact_sheet([pictures[i : i + wide] for i in range(0, len(pictures), wide)]).save(file)
+
+
+def _trained_vae(work: Path, pictures: Pictures, steps: int, batch: int, device: torch.device) -> AutoencoderKL:
+    folder = work / "vae"
+    if (folder / "config.json").exists():
+        return AutoencoderKL.from_pretrained(folder).to(device)
+    torch.manual_seed(0)
+    vae = make_vae().to(device)
+    for _ in train_vae(vae, pictures, steps, batch, device):
+        pass
+    latents = encode(vae, Pictures(pictures.pixels[:4096], pictures.time_ids[:4096], pictures.captions[:4096]), device)
+    vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
+    vae.save_pretrained(folder)
+    return vae
+
+
+def _latents(work: Path, vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> Tensor:
+    file = work / "latents.pt"
+    if not file.exists():
+        torch.save(encode(vae, pictures, device), file.with_suffix(".partial"))
+        file.with_suffix(".partial").rename(file)
+    latents: Tensor = torch.load(file, weights_only=True)
+    if len(latents) != len(pictures.pixels):
+        raise ValueError(f"{file} holds {len(latents)} latents of {len(pictures.pixels)} pictures: remove it.")
+    return latents * vae.config.scaling_factor
+
+
+def main() -> None:
+    """Run every stage that has not been run."""
+    parser = argparse.ArgumentParser(description="Pre-train the toy SDXL.")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/toyworld"), help="folder for what is kept between runs"
+    )
+    parser.add_argument("--out", type=Path, default=Path("examples/toy-sdxl"), help="folder for the finished pipeline")
+    parser.add_argument("--pictures", type=int, default=160_000, help="pictures to render")
+    parser.add_argument("--vae_steps", type=int, default=6_500, help="optimiser steps of the VAE")
+    parser.add_argument("--vae_batch", type=int, default=32, help="32-pixel crops a step")
+    parser.add_argument("--steps", type=int, default=17_000, help="optimiser steps of the UNet and the text encoders")
+    parser.add_argument("--batch", type=int, default=32, help="samples a step")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    args = parser.parse_args()
+    device, work = torch.device(args.device), args.work
+    work.mkdir(parents=True, exist_ok=True)
+    pictures = render_pictures(work / "pictures", args.pictures)
+    vae = _trained_vae(work, pictures, args.vae_steps, args.vae_batch, device)
+    print(f"VAE: {peak_signal(vae, pictures.pixels[-256:], device):.2f} dB on 256 held-out pictures", flush=True)
+    latents = _latents(work, vae, pictures, device)
+
+    pipe = make_pipeline().to(device)
+    pipe.vae = vae
+    ids = pipe.tokenizer(
+        pictures.captions, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids.short()  # fmt: skip
+    time_ids = torch.from_numpy(pictures.time_ids)
+    del pictures
+    denoiser = Denoiser(pipe).to(device)
+    began = time.monotonic()
+    checkpoint = work / "unet.pt"
+    for done in train_denoiser(denoiser, latents, ids, time_ids, args.steps, args.batch, checkpoint):
+        if done % 1000 == 0:
+            pipe.save_pretrained(work / "newest")
+            write_samples(pipe, work / f"samples-{done:06d}.png")
+    print(f"trained for {(time.monotonic() - began) / 60:.0f} min in this run", flush=True)
+    write_samples(pipe, work / "samples.png")
+    pipe.to("cpu", torch.float16).save_pretrained(args.out, safe_serialization=True)
+    size = sum(file.stat().st_size for file in args.out.rglob("*.safetensors"))
+    print(f"wrote {args.out}: {size / 1e6:.1f} MB of weights", flush=True)
+
+
+if __name__ == "__main__":
+    main()
