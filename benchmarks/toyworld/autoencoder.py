@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -70,7 +71,7 @@ def train_vae(
         optimizer.step()
         if step % 200 == 199 or step == steps - 1:
             print(
-                f"vae {step + 1}/{steps}: {peak_signal(vae, pictures.pixels[-256:], device):.2f} dB "
+                f"vae {step + 1}/{steps}: {peak_signal(vae, pictures.pixels[-256:]):.2f} dB "
                 f"({time.monotonic() - began:.0f} s)",
                 flush=True,
             )
@@ -78,11 +79,16 @@ def train_vae(
 
 
 @torch.no_grad()
-def peak_signal(vae: AutoencoderKL, pixels: Array, device: torch.device) -> float:
-    """Peak signal-to-noise ratio (dB) of pictures (b, h, w, 3) after a round trip through the VAE."""
-    pictures = to_tensor(pixels).to(device)
-    drawn = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
-    return -10 * math.log10(F.mse_loss(drawn, pictures).item() / 4)
+def round_trip(vae: AutoencoderKL, pixels: Array) -> Array:
+    """Send pictures (n, h, w, 3) uint8 through the VAE and back."""
+    drawn = vae.decode(vae.encode(to_tensor(pixels).to(vae.device)).latent_dist.mode()).sample
+    return ((drawn + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def peak_signal(vae: AutoencoderKL, pixels: Array) -> float:
+    """Peak signal-to-noise ratio (dB) of pictures (n, h, w, 3) uint8 after a round trip through the VAE."""
+    error = round_trip(vae, pixels).astype(np.float32) - pixels
+    return float(-10 * np.log10((error**2).mean() / 255**2))
 
 
 @torch.no_grad()

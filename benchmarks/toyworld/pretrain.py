@@ -13,46 +13,15 @@ import argparse
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from .autoencoder import encode, peak_signal, train_vae
 from .data import Pictures, render_pictures
 from .diffusion import Denoiser, train_denoiser
+from .drawing import write_samples
 from .model import make_pipeline, make_vae
-from .objects import CLASSES
-from .places import PLACES
-from .world import SIZE, contact_sheet
-
-OBJECTS = (*(f"{colour} {kind}" for colour, kind in zip(
-    ("red", "blue", "green", "yellow", "purple", "white", "orange", "yellow", "red", "blue"), CLASSES, strict=True
-)), "toy", "red toy", "toy with blue hat, arms, wheels")  # fmt: skip
-"""What the sample sheet shows in every place."""
-
-
-def draw(pipe: StableDiffusionXLPipeline, prompts: list[str], seed: int = 0, batch: int = 26) -> list[np.ndarray]:
-    """Draw each prompt once with the world's usual settings (20 steps, guidance 4).
-
-    Returns:
-        Pictures (64, 64, 3) uint8.
-    """
-    pictures: list[np.ndarray] = []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        drawn = pipe(part, height=SIZE, width=SIZE, num_inference_steps=20, guidance_scale=4.0, generator=generators)
-        pictures += [np.asarray(image) for image in drawn.images]
-    return pictures
-
-
-def write_samples(pipe: StableDiffusionXLPipeline, file: Path) -> None:
-    """Write a sheet of the base's own pictures: a row for each of `OBJECTS`, a column for each place."""
-    prompts = [f"a photo of a {what} {phrase}" for what in OBJECTS for phrase, _ in PLACES.values()]
-    pictures = draw(pipe, prompts)
-    wide = len(PLACES)
-    contact_sheet([pictures[i : i + wide] for i in range(0, len(pictures), wide)]).save(file)
 
 
 def _trained_vae(work: Path, pictures: Pictures, steps: int, batch: int, device: torch.device) -> AutoencoderKL:
@@ -98,7 +67,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     pictures = render_pictures(work / "pictures", args.pictures)
     vae = _trained_vae(work, pictures, args.vae_steps, args.vae_batch, device)
-    print(f"VAE: {peak_signal(vae, pictures.pixels[-256:], device):.2f} dB on 256 held-out pictures", flush=True)
+    print(f"VAE: {peak_signal(vae, pictures.pixels[-256:]):.2f} dB on 256 held-out pictures", flush=True)
     latents = _latents(work, vae, pictures, device)
 
     pipe = make_pipeline().to(device)
