@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lily_diffusers import LilyConfig, inject_lily, save_lily_weights
+from lily_diffusers.initialisation import INITS
+from lily_diffusers.routers import ROUTERS
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -31,12 +33,14 @@ class AdapterOptions:
         stride_A: how many consecutive slots share one A.
         num_B: experts in a pool.
         router: our router kind; PEFT's Lily has one kind, our 'batch'.
+        init: how ours starts; PEFT's Lily has one way, our 'zero'.
     """
 
     r: int = 32
     stride_A: int = 4
     num_B: int = 4
     router: str = "token"
+    init: str = "zero"
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,14 @@ def _peft_lily(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
 
 
 def _lily(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
-    config = LilyConfig(r=options.r, stride_A=options.stride_A, num_B=options.num_B, router=options.router)
+    config = LilyConfig(
+        r=options.r,
+        stride_A=options.stride_A,
+        num_B=options.num_B,
+        router=options.router,
+        router_bias=INITS[options.init].needs_bias and ROUTERS[options.router].reads_input,
+        init=options.init,
+    )
     bank = inject_lily(unet, config)
     with tempfile.TemporaryDirectory() as folder:
         return Applied(_trainable(bank.parameters()), save_lily_weights(unet, folder).stat().st_size)

@@ -82,7 +82,7 @@ def main() -> None:
     began = time.monotonic()
     checkpoint = work / "unet.pt"
     for done in train_denoiser(denoiser, latents, ids, time_ids, args.steps, args.batch, checkpoint):
-        if done % 1000 == 0:
+        if done % 2000 == 0:
             pipe.save_pretrained(work / "newest")
             write_samples(pipe, work / f"samples-{done:06d}.png")
     print(f"trained for {(time.monotonic() - began) / 60:.0f} min in this run", flush=True)

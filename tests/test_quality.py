@@ -1,0 +1,349 @@
+"""The quality benchmark: equal budgets, equal noise, kept cells, honest intervals, readable tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import contenders, intervals, quality, quality_report, quality_score
+from benchmarks.methods import METHODS, AdapterOptions
+from benchmarks.quality_cell import Bench, Cell, Settings, embed, load_bench, run_cell, train
+from benchmarks.toyworld.model import make_pipeline, make_unet
+from benchmarks.toyworld.scorer import Scorer, save_scorer
+from benchmarks.toyworld.subjects import SUBJECTS, TUNING, new_places, subject_places, true_pictures
+from benchmarks.unets import share_weights
+
+TRAINED = [name for name in contenders.CONTENDERS if name != "base"]
+TINY = Settings(steps=2, batch=2, warmup=1, pictures=2, sampling_steps=2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy base with random weights, in diffusers' folder format."""
+    folder = tmp_path_factory.mktemp("toy-sdxl")
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scorer_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Weights of two random scorers."""
+    files = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        files.append(tmp_path_factory.mktemp("scorers") / f"{seed}.safetensors")
+        save_scorer(Scorer(), files[-1])
+    return files
+
+
+@pytest.fixture(scope="module")
+def bench(base: Path, scorer_files: list[Path]) -> Bench:
+    """The random base with a random scorer."""
+    return load_bench(base, scorer_files[0])
+
+
+@pytest.fixture(scope="module")
+def unet() -> Any:
+    """The toy UNet, frozen."""
+    torch.manual_seed(0)
+    return make_unet().eval().requires_grad_(False)
+
+
+# Intervals
+
+
+@pytest.mark.parametrize(("degrees", "t"), [(1, 12.7062), (4, 2.7764), (23, 2.0687), (120, 1.9799), (1000, 1.9623)])
+def test_t_quantile_is_the_tabulated_one(degrees: int, t: float) -> None:
+    assert intervals.t_quantile(degrees) == pytest.approx(t, abs=1e-4)
+
+
+def test_interval_by_hand() -> None:
+    found = intervals.interval([1.0, 2.0, 3.0, 4.0])
+    assert found is not None and found.mean == 2.5 and found.n == 4
+    assert found.half == pytest.approx(3.182446 * (5 / 3) ** 0.5 / 2, rel=1e-5)
+    assert intervals.interval([7.0]) == intervals.Interval(7.0, None, 1)
+    assert intervals.interval([]) is None
+
+
+def test_paired_difference_takes_only_pairs_and_averages_seeds_first() -> None:
+    ours = {("a", 0): 3.0, ("a", 1): 5.0, ("b", 0): 2.0, ("c", 0): 9.0}
+    peer = {("a", 0): 1.0, ("a", 1): 1.0, ("b", 0): 1.0, ("d", 0): 0.0}
+    found = intervals.paired_difference(ours, peer)  # differences 2, 4 and 1; by subject 3 and 1
+    cells, subjects = found["cells"], found["subjects"]
+    assert cells is not None and cells.mean == pytest.approx(7 / 3) and cells.n == 3
+    assert subjects is not None and subjects.mean == 2.0 and subjects.n == 2
+    assert subjects.half == pytest.approx(12.7062 * 1.0, rel=1e-4)  # sd √2 over √2
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("name", TRAINED)
+def test_rank_is_the_one_nearest_to_the_budget(unet: Any, name: str, rank: int) -> None:
+    budget = contenders.count_parameters(unet, "lora", AdapterOptions(rank))
+    fit = contenders.fit_budget(unet, name, budget)
+    view = share_weights(unet)
+    applied = METHODS[contenders.CONTENDERS[name].method](view, fit.options)
+    assert fit.parameters == sum(p.numel() for p in set(view.parameters()) if p.requires_grad) == applied.count
+    assert fit.parameters <= 1.02 * budget
+    assert abs(fit.parameters - budget) <= 0.1 * budget
+    for r in (fit.options.r - 1, fit.options.r + 1):
+        if r:
+            other = contenders.count_parameters(unet, name, AdapterOptions(**{**vars(fit.options), "r": r}))
+            assert other > 1.02 * budget or abs(other - budget) >= abs(fit.parameters - budget)
+    if name == "lora":
+        assert (fit.options.r, fit.parameters) == (rank, budget)
+
+
+def test_more_is_shared_where_rank_one_is_too_much(unet: Any) -> None:
+    smallest = contenders.count_parameters(unet, "token-zero", AdapterOptions(1))
+    fit = contenders.fit_budget(unet, "token-zero", smallest * 4 // 5)
+    assert fit.options.stride_A > 4 and fit.parameters <= 1.02 * smallest * 4 // 5
+    fewer = contenders.fit_budget(unet, "token-zero", smallest // 2)
+    assert fewer.options.num_B < 4 and fewer.parameters <= 1.02 * smallest // 2
+
+
+def test_budget_that_nothing_fits_is_named(unet: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"contender 'lora' trains at least 30,336 parameters, more than the budget of 29,000"
+    ):
+        contenders.fit_budget(unet, "lora", 29_000)
+
+
+# Learning rates
+
+
+def test_rate_of_the_highest_mean_is_chosen_and_a_failure_rules_one_out() -> None:
+    choice = quality.choose_rate({1e-3: [0.2, 0.4], 2e-3: [0.5, 0.3], 4e-3: [0.9, None]})
+    assert choice.rate == 2e-3 and not choice.at_edge
+    assert choice.tried == {1e-3: pytest.approx(0.3), 2e-3: pytest.approx(0.4), 4e-3: None}
+    assert quality.choose_rate({2e-3: [0.4], 1e-3: [0.4]}) == quality.Choice(1e-3, {1e-3: 0.4, 2e-3: 0.4}, True)
+    with pytest.raises(ValueError, match="training failed at every learning rate of \\[0.1\\]; pass lower --rates"):
+        quality.choose_rate({0.1: [None]})
+
+
+# Prompts and scores
+
+
+@pytest.mark.parametrize("subject", ["teapot", "robot", "toy05"])
+def test_prompts_ask_for_what_the_photos_do_not_show(subject: str, bench: Bench) -> None:
+    prompts = quality_score.evaluation_prompts(subject)
+    places = [prompt.asked for prompt in prompts if prompt.purpose == "place"]
+    assert len(places) == 6 and not set(places) & set(subject_places(subject))
+    assert prompts[0].text.startswith("a photo of sks toy ")
+    edits = quality_score.edit_colours(subject)
+    body = SUBJECTS[subject].paints[0].colour
+    nearest = min(
+        quality_score.COLOURS, key=lambda c: float(np.linalg.norm(np.subtract(quality_score.COLOURS[c], body)))
+    )
+    assert len(edits) == 3 and nearest not in edits
+    tokens = bench.pipe.tokenizer([prompt.text for prompt in prompts]).input_ids
+    assert max(map(len, tokens)) <= bench.pipe.tokenizer.model_max_length
+    assert embed(bench, prompts[0].text) is embed(bench, prompts[0].text)
+
+
+def test_scores_are_those_of_a_naive_count(bench: Bench) -> None:
+    scorer, rng = bench.scorer, np.random.default_rng(0)
+    prompts = quality_score.evaluation_prompts("teapot")
+    pictures = np.concatenate([true_pictures(SUBJECTS["teapot"], new_places("teapot"), seed)[0] for seed in range(5)])
+    pictures = pictures[: 2 * len(prompts)]
+    other = rng.permutation(pictures)
+    scores = quality_score.score_pictures(scorer, "teapot", pictures, other)
+    reading, was = scorer.read(pictures), scorer.read(other)
+    reference = quality_score.reference(scorer, "teapot")
+    places = [float(reading.identity[i] @ reference) for i in range(12)]
+    right = [reading.places[i] == prompts[i // 2].asked for i in range(12)]
+    assert scores["identity"] == pytest.approx(np.mean(places), abs=1e-6)
+    assert scores["place"] == pytest.approx(np.mean(right))
+    recoloured = [reading.colours[i] == prompts[i // 2].asked for i in range(12, 18)]
+    assert scores["colour"] == pytest.approx(np.mean(recoloured))
+    assert scores["kind_kept"] == pytest.approx(np.mean([reading.kinds[i] == was.kinds[i] for i in range(18, 26)]))
+    assert scores["drift"] == pytest.approx(np.abs(pictures[18:] / 255 - other[18:] / 255).mean(), abs=1e-6)
+    apart = [np.abs(pictures[i] / 255 - pictures[i + 1] / 255).mean() for i in range(0, 12, 2)]
+    assert scores["diversity"] == pytest.approx(np.mean(apart), abs=1e-6)
+    assert scores["fidelity"] == pytest.approx((scores["identity"] + scores["place"]) / 2)
+
+
+def test_base_does_not_drift_from_itself_and_one_picture_has_no_spread(bench: Bench) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (13, 64, 64, 3), np.uint8)
+    scores = quality_score.score_pictures(bench.scorer, "robot", pictures, pictures)
+    assert (scores["drift"], scores["kind_kept"], scores["diversity"]) == (0.0, 1.0, None)
+    with pytest.raises(ValueError, match="12 pictures and 12 of the base do not fit 13 prompts of 'robot'"):
+        quality_score.score_pictures(bench.scorer, "robot", pictures[1:], pictures[1:])
+
+
+# One cell
+
+
+def _first_losses(bench: Bench, name: str, seed: int) -> list[float]:
+    contender = contenders.CONTENDERS[name]
+    view = share_weights(bench.pipe.unet)
+    applied = METHODS[contender.method](view, AdapterOptions(2, 2, 3, contender.router, contender.init))
+    return train(bench, view, applied.parameters, Cell("teapot", seed, name, 1, 1e-3), TINY).losses
+
+
+def test_all_contenders_start_as_the_base_and_see_the_same_noise(bench: Bench) -> None:
+    losses = {name: _first_losses(bench, name, seed=3) for name in TRAINED}
+    for first, second in losses.values():
+        assert first == pytest.approx(losses["lora"][0], rel=1e-5)
+        assert second != first
+    assert _first_losses(bench, "lora", seed=4)[0] != pytest.approx(losses["lora"][0], rel=1e-3)
+
+
+def test_loss_that_is_not_finite_is_a_result(bench: Bench) -> None:
+    settings = Settings(**{**vars(TINY), "steps": 6})
+    figures, pictures = run_cell(bench, Cell("teapot", 0, "lora", 1, 1e30, AdapterOptions(1)), settings)
+    assert str(figures["failed"]).startswith("loss ") and "at step " in str(figures["failed"])
+    assert len(pictures) == 0 and figures["final_loss"] is None
+
+
+def test_only_ours_has_expert_figures_and_the_base_is_left_alone(bench: Bench) -> None:
+    before = bench.pipe.unet
+    ours, pictures = run_cell(bench, Cell("teapot", 0, "token-staggered", 1, 1e-3, AdapterOptions(2, 2, 3)), TINY)
+    base, untrained = run_cell(bench, Cell("teapot", 0), TINY)
+    assert bench.pipe.unet is before and not any(p.requires_grad for p in before.parameters())
+    assert pictures.shape == untrained.shape == (26, 64, 64, 3) and pictures.dtype == np.uint8
+    assert not np.array_equal(pictures, untrained)
+    assert 0 <= ours["expert_similarity"] <= 1 and 0 < ours["routing_entropy"] <= 1  # type: ignore[operator]
+    assert base["expert_similarity"] is base["routing_entropy"] is base["final_loss"] is None
+    assert (base["parameters"], base["train_seconds"]) == (0, 0.0)
+
+
+# The whole
+
+
+def _given(bench: Bench, work: Path, *more: str) -> list[str]:
+    return [
+        "--base", str(bench.base), "--scorer", str(bench.scorer_file), "--work", str(work), "--subjects", "teapot",
+        "--seeds", "1", "--contenders", "lora", "--budgets", "1", "--rates", "1e-3", "--steps", "2", "--batch", "2",
+        "--warmup", "1", "--pictures", "1", "--sampling_steps", "1", *more,
+    ]  # fmt: skip
+
+
+def _run(bench: Bench, work: Path, *more: str) -> dict[str, Any]:
+    return quality.run(quality.parse_args(_given(bench, work, *more)))
+
+
+def _times(work: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in work.iterdir()}
+
+
+def test_report_holds_every_figure_and_a_second_run_runs_nothing(bench: Bench, tmp_path: Path) -> None:
+    work, files = tmp_path / "work", {kind: tmp_path / f"quality.{kind}" for kind in ("json", "markdown", "png")}
+    given = ["--contenders", "lora", "token-staggered", "--json", str(files["json"])]
+    given += ["--markdown", str(files["markdown"]), "--sheet", str(files["png"])]
+    quality.main(_given(bench, work, *given))
+    report = json.loads(files["json"].read_text())
+    assert report["command"].startswith("python -m benchmarks.quality --base ")
+    part = report["budgets"]["1"]
+    assert list(part["summary"]) == ["base", "lora", "token-staggered"]
+    assert part["parameters"] == part["fits"]["lora"]["parameters"] == 30_336
+    for name, result in part["summary"].items():
+        assert (result["cells"], result["failed"]) == (1, {})
+        assert -1 <= result["metrics"]["identity"]["mean"] <= 1
+        assert set(result["differences"]) == (set() if name == "lora" else set(quality_report.PAIRED))
+        assert f"| {contenders.CONTENDERS[name].label} |" in files["markdown"].read_text()
+    drift = {name: result["metrics"]["drift"]["mean"] for name, result in part["summary"].items()}
+    assert drift["base"] == 0 < drift["lora"]
+    assert [record["cell"]["contender"] for record in report["cells"]] == ["base", "lora", "token-staggered"]
+    with Image.open(files["png"]) as sheet:
+        assert sheet.size == (190 + 4 * 132, 58 + 13 * 132)
+
+    before = _times(work)
+    assert len(before) == 9  # figures, scores and pictures of three cells
+    quality.main(_given(bench, work, *given))
+    assert json.loads(files["json"].read_text()) == report
+    assert _times(work) == before
+    next(work.glob("teapot-seed0-lora-*.scores-*.json")).unlink()
+    next(path for path in work.glob("teapot-seed0-lora-*.json") if ".scores" not in path.name).unlink()
+    quality.main(_given(bench, work, *given))
+    after = _times(work)
+    assert set(after) == set(before)
+    assert {name for name in before if after[name] != before[name]} == {n for n in before if "-lora-" in n}
+
+
+def test_new_scorer_reads_the_old_pictures_and_new_steps_train_anew(
+    bench: Bench, scorer_files: list[Path], tmp_path: Path
+) -> None:
+    first = _run(bench, tmp_path)
+    before = _times(tmp_path)
+    second = _run(bench, tmp_path, "--scorer", str(scorer_files[1]))
+    assert before.items() < _times(tmp_path).items()  # scores were added, nothing was written anew
+    identity = [r["budgets"]["1"]["summary"]["lora"]["metrics"]["identity"]["mean"] for r in (first, second)]
+    assert identity[0] != identity[1]
+    _run(bench, tmp_path, "--steps", "1")
+    assert len(list(tmp_path.glob("*.png"))) == 4  # base and LoRA, twice
+
+
+def test_rates_are_chosen_on_other_subjects_and_shown(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = _run(bench, tmp_path, "--rates", "1e30", "1e-3", "--tuning_subjects", "toy00", "--steps", "3")
+    fit = report["budgets"]["1"]["fits"]["lora"]
+    assert fit["rate"] == 1e-3 and fit["at_edge"] and fit["tuning"]["1e+30"] is None
+    assert "lora learns at 0.001 (fidelity at 0.001: " in capsys.readouterr().out
+    text = quality_report.format_report(report | {"command": "python -m benchmarks.quality"})
+    assert "0.001 (edge of the grid)" in text and "fidelity at 0.001 | fidelity at 1e+30 |" in text
+    assert {record["cell"]["subject"] for record in report["cells"]} == {"teapot"}
+
+
+def test_two_jobs_give_the_figures_of_one(bench: Bench, tmp_path: Path) -> None:
+    both = ("--contenders", "lora", "token-zero")
+    alone = _run(bench, tmp_path / "one", *both)
+    together = _run(bench, tmp_path / "two", *both, "--jobs", "2")
+    assert len(alone["cells"]) == 3
+    for one, two in zip(alone["cells"], together["cells"], strict=True):
+        assert one["cell"] == two["cell"]
+        assert two["scores"] == pytest.approx(one["scores"], abs=1e-5)
+
+
+# Tables and the command line
+
+
+def _record(identity: float, **more: Any) -> dict[str, Any]:
+    scores = dict.fromkeys(quality_report.QUALITY, 0.5) | {"identity": identity}
+    timing = {"train_seconds": 20.0, "draw_seconds": 9.0, "score_seconds": 1.0, "final_loss": 0.1}
+    return {"failed": None, "scores": scores, **timing, "expert_similarity": None, "routing_entropy": None, **more}
+
+
+def test_summary_leaves_failures_out_and_names_them() -> None:
+    failed = _record(0.0, failed="loss nan and gradient norm nan at step 7", scores={}, final_loss=None)
+    results = {
+        "lora": {("a", 0): _record(0.4), ("a", 1): _record(0.6), ("b", 0): _record(0.5)},
+        "token-zero": {("a", 0): _record(0.5), ("a", 1): failed, ("b", 0): _record(0.7)},
+    }
+    summary = quality_report.summarise(results)
+    ours = summary["token-zero"]
+    assert ours["cells"] == 3 and ours["failed"] == {"a, seed 1": "loss nan and gradient norm nan at step 7"}
+    assert ours["metrics"]["identity"]["mean"] == pytest.approx(0.6) and ours["metrics"]["identity"]["n"] == 2
+    assert ours["metrics"]["eval_seconds"]["mean"] == 10.0 and ours["metrics"]["expert_similarity"] is None
+    assert ours["differences"]["identity"]["cells"]["mean"] == pytest.approx(0.15)
+    assert summary["lora"]["differences"] == {}
+
+
+def test_intervals_are_written_with_their_half() -> None:
+    assert quality_report.format_interval({"mean": 0.5, "half": 0.0214, "n": 3}) == "0.500 ± 0.021"
+    assert quality_report.format_interval({"mean": 0.04, "half": None, "n": 1}, signed=True) == "+0.040"
+    assert quality_report.format_interval({"mean": 23.46, "half": 1.04, "n": 9}) == "23.5 ± 1.0"
+    assert quality_report.format_interval(None) == "-"
+
+
+def test_bad_options_are_named(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, message in (
+        (["--seeds", "0"], "--seeds=0 must be at least 1"),
+        (["--rates", "0.001", "-1"], "--rates 0.001 -1.0 must all be above 0"),
+        (["--subjects", TUNING[0]], f"invalid choice: '{TUNING[0]}'"),
+    ):
+        with pytest.raises(SystemExit):
+            quality.parse_args(given)
+        assert message in capsys.readouterr().err
+    for flag, message in (("--base", "holds no model_index.json; pass a pipeline"), ("--scorer", "is not there")):
+        with pytest.raises(SystemExit, match=f"benchmarks.quality: {flag}={tmp_path} {message}"):
+            quality.main(_given(bench, tmp_path / "work", flag, str(tmp_path)))
