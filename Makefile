@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python
-TINY := build/tiny-sdxl
+BASE := examples/toy-sdxl
 DEMO := runs/demo
 
 .PHONY: help install demo app test test-slow check format bench clean
@@ -17,15 +17,12 @@ help: ## list the targets
 
 install: .venv/.installed ## create .venv with the tested versions
 
-demo: install ## train on the example photos with a tiny SDXL and draw before/after
+demo: install ## teach the toy SDXL a toy from five photos and draw before/after
 	$(RUN) -m examples.demo --out $(DEMO)
 
-$(TINY)/model_index.json: .venv/.installed examples/tiny_sdxl.py
-	$(RUN) -m examples.tiny_sdxl $(TINY)
-
-app: install $(TINY)/model_index.json ## open the page on the tiny base
+app: install ## open the page on the toy SDXL
 	mkdir -p runs
-	$(RUN) -m app --base $(TINY) --adapters runs
+	$(RUN) -m app --base $(BASE) --adapters runs
 
 test: install ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -5,16 +5,19 @@ May import `data` and what is above it, and `lily_diffusers`.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lily_diffusers.files import write_atomically
 from lily_diffusers.training.data import keyed_generator
 
 RATE = 1.2e-3
@@ -95,6 +98,16 @@ def _batch(latents: Tensor, ids: Tensor, time_ids: Tensor, size: int, generator:
     return latents[index].float(), ids[index].long(), time_ids[index].float(), epsilon, t, keep
 
 
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average the gradients over the processes, if there are several."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
 def train_denoiser(
     denoiser: Denoiser,
     latents: Tensor,
@@ -104,8 +117,11 @@ def train_denoiser(
     batch: int,
     checkpoint: Path,
     seed: int = 0,
+    every: int = 1000,
 ) -> Iterator[int]:
     """Train in place, going on from the checkpoint if there is one; at the end the weights are their moving average.
+
+    Under torch.distributed every process takes its share of each batch.
 
     Args:
         denoiser: on the device to train on.
@@ -114,12 +130,14 @@ def train_denoiser(
         time_ids: sizes (n, 6) in pixels.
         steps: optimiser steps in all.
         batch: samples a step.
-        checkpoint: file that holds the state; written every 1,000 steps.
+        checkpoint: file that holds the state.
         seed: of the batches.
+        every: steps between states.
 
     Yields:
-        The number of steps done, after each; every 1,000 steps the averaged weights are in place at that moment.
+        The number of steps done, after each; when a state was written, the averaged weights are in place at that moment.
     """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = denoiser.signal.device
     optimizer, parameters = _optimizer(denoiser), list(denoiser.parameters())
     average = [p.detach().clone() for p in parameters]
@@ -144,9 +162,11 @@ def train_denoiser(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         denoiser.train()
-        loss = denoiser(*(part.to(device) for part in _batch(latents, ids, time_ids, batch, generator))).mean()
+        share = (part[rank::world].to(device) for part in _batch(latents, ids, time_ids, batch, generator))
+        loss = denoiser(*share).mean()
         optimizer.zero_grad()
         loss.backward()
+        _average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(_EMA, (1 + step) / (10 + step)))
@@ -155,15 +175,17 @@ def train_denoiser(
             mean = torch.stack(seen).mean().item()
             speed = (time.monotonic() - began) / (step + 1 - start)
             left = speed * (steps - step - 1) / 60
-            print(f"unet {step + 1}/{steps}: loss {mean:.4f} ({speed:.3f} s a step, {left:.0f} min left)", flush=True)
+            if rank == 0:
+                said = f"loss {mean:.4f} ({speed:.3f} s a step, {left:.0f} min left)"
+                print(f"unet {step + 1}/{steps}: {said}", flush=True)
             seen.clear()
             if not math.isfinite(mean):
                 raise RuntimeError(f"The loss is {mean} at step {step + 1}; the last whole state is in {checkpoint}.")
-        if step % 1000 == 999 or step == steps - 1:
-            state = {"weights": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
-            partial = checkpoint.with_suffix(".partial")
-            torch.save(state | {"average": average, "step": step + 1}, partial)
-            partial.rename(checkpoint)
+        if (step + 1) % every == 0 or step == steps - 1:
+            if rank == 0:
+                state = {"weights": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"average": average, "step": step + 1}
+                write_atomically(checkpoint, functools.partial(torch.save, state))
             swap()
             denoiser.eval()
             yield step + 1

@@ -1,0 +1,116 @@
+"""Pre-training of the toy base: resumable, the same with one process or two, and it learns."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.toyworld.autoencoder import encode, peak_signal, train_vae
+from benchmarks.toyworld.data import Pictures
+from benchmarks.toyworld.diffusion import Denoiser, learning_rate, train_denoiser
+from benchmarks.toyworld.model import make_pipeline, make_vae
+from benchmarks.toyworld.world import random_sample, render
+
+CPU = torch.device("cpu")
+
+
+def pictures(count: int) -> Pictures:
+    samples = [random_sample(np.random.default_rng([5, i])) for i in range(count)]
+    return Pictures(
+        np.stack([render(sample.scene)[0] for sample in samples]),
+        np.array([sample.scene.time_ids for sample in samples], np.int16),
+        [sample.caption for sample in samples],
+    )
+
+
+def train_weights(folder: Path, steps: int, stop: int | None = None) -> dict[str, Tensor]:
+    """Train on 64 random latents, a state every 2 steps; return the weights when done, or when stopped."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(64, 4, 16, 16, generator=generator).half()
+    ids = torch.randint(0, 500, (64, 32), generator=generator).short()
+    denoiser = Denoiser(make_pipeline())
+    sizes = torch.full((64, 6), 64, dtype=torch.int16)
+    for done in train_denoiser(denoiser, latents, ids, sizes, steps, 8, folder / "unet.pt", every=2):
+        if done == stop:
+            break
+    return {name: value.clone() for name, value in denoiser.state_dict().items()}
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = train_weights(tmp_path / "whole", steps=4)
+    train_weights(tmp_path, steps=4, stop=3)
+    for name, value in train_weights(tmp_path, steps=4).items():
+        assert torch.equal(value, whole[name]), name
+
+
+def _one_of_two(rank: int, folder: Path, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    weights = train_weights(folder, steps=2)
+    if rank == 0:
+        torch.save(weights, folder / "two.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    one = train_weights(tmp_path / "one", steps=2)
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_of_two, (tmp_path, port), nprocs=2)
+    two = torch.load(tmp_path / "two.pt")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-4, msg=name)  # Adam's first steps are signs
+
+
+def test_the_rate_warms_up_stays_and_falls_to_nothing() -> None:
+    rates = [learning_rate(step, 10_000) for step in range(10_001)]
+    assert rates[0] < rates[100] < rates[300] == rates[6_000]
+    assert rates[6_000] > rates[8_000] > rates[9_999] > rates[10_000] == 0
+
+
+def test_the_vae_learns() -> None:
+    data = pictures(300)
+    torch.manual_seed(0)
+    vae = make_vae()
+    before = peak_signal(vae, data.pixels[-256:])
+    for _ in train_vae(vae, data, steps=12, batch=8, device=CPU):
+        pass
+    assert peak_signal(vae, data.pixels[-256:]) > before + 0.5
+    latents = encode(vae, data, CPU, batch=128)
+    assert latents.shape == (300, 4, 16, 16)
+    assert latents.dtype == torch.float16
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    from benchmarks.toyworld import pretrain
+
+    flags = {
+        "work": tmp_path / "work",
+        "out": tmp_path / "out",
+        "pictures": 2000,
+        "vae_steps": 2,
+        "steps": 2,
+        "batch": 4,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["pretrain", "--device", "cpu", *words])
+    pretrain.main()
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out", add_watermarker=False)
+    assert np.isfinite(np.asarray(pipe("a toy", num_inference_steps=1, height=64, width=64).images[0])).all()
+    assert (tmp_path / "work" / "samples.png").exists()
