@@ -5,7 +5,8 @@
 The result is a folder that `StableDiffusionXLPipeline.from_pretrained` loads like any SDXL
 checkpoint: UNet with text-time conditioning, two CLIP text encoders with byte-level tokenizers,
 VAE and Euler scheduler, a few MB of random weights drawn from a fixed seed. It draws noise; it
-exists so that tests, the demo and the benchmark run the true code paths without a hub.
+exists so that tests and the speed benchmark run the true code paths without a hub. (The tiny SDXL that
+can draw is `examples/toy-sdxl`.)
 """
 
 from __future__ import annotations
