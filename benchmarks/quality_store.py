@@ -44,9 +44,9 @@ VERSIONS = {name: version(name) for name in ("torch", "diffusers", "peft")}
 
 
 def digest_folder(folder: Path) -> str:
-    """Digest the names and contents of all files in a folder."""
+    """Digest the names and contents of a pipeline's weights and settings (its model card does not count)."""
     whole = hashlib.blake2b(digest_size=8)
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")):
         whole.update(str(file.relative_to(folder)).encode() + b"\0" + hashlib.blake2b(file.read_bytes()).digest())
     return whole.hexdigest()
 

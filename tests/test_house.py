@@ -15,6 +15,10 @@ ORDER = [
     "functional", "routers", "targets", "initialisation", "config", "bank", "processors", "inject", "files",
     "checkpoint", "pipeline", "analysis", "training",
 ]  # fmt: skip
+TOYWORLD_ORDER = [
+    "solids", "objects", "places", "world", "data", "subjects", "drawing", "model", "autoencoder", "diffusion",
+    "pretrain", "scorer", "train_scorer", "validity",
+]  # fmt: skip
 TRAINING_ORDER = ["config", "data", "cache", "loss", "checkpoints", "validation", "loop"]
 
 
@@ -39,6 +43,7 @@ def modules(folder: str) -> list[Path]:
 def test_every_module_has_its_place() -> None:
     assert {path.stem for path in modules("lily_diffusers")} == set(ORDER) - {"training"}
     assert {path.stem for path in modules("lily_diffusers/training")} == set(TRAINING_ORDER)
+    assert {path.stem for path in modules("benchmarks/toyworld")} == set(TOYWORLD_ORDER)
 
 
 @pytest.mark.parametrize("path", modules("lily_diffusers"), ids=lambda path: path.stem)
@@ -57,6 +62,16 @@ def test_training_imports_only_from_above(path: Path) -> None:
         assert name.split(".")[0] not in {"app", "gradio", "benchmarks", "examples", "tests"}
         if name.startswith("lily_diffusers.training."):
             assert TRAINING_ORDER.index(name.split(".")[2]) < place, f"{path.stem} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules("benchmarks/toyworld"), ids=lambda path: path.stem)
+def test_the_toy_world_imports_only_from_above(path: Path) -> None:
+    place = TOYWORLD_ORDER.index(path.stem)
+    for name in imports(path):
+        assert name.split(".")[0] not in {"app", "gradio", "tests", "peft"}
+        if name.startswith("benchmarks."):
+            assert name.split(".")[1] == "toyworld", f"{path.stem} imports {name}"
+            assert TOYWORLD_ORDER.index(name.split(".")[2]) < place, f"{path.stem} imports {name}"
 
 
 def test_functional_imports_torch_only() -> None:
