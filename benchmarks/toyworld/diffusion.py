@@ -135,7 +135,7 @@ def train_denoiser(
         every: steps between states.
 
     Yields:
-        The number of steps done, after each; when a state was written, the averaged weights are in place at that moment.
+        The number of steps done, after each. When a state was written, the averaged weights are in place meanwhile.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = denoiser.signal.device
