@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,10 @@ from torch.nn import functional as F
 from lily_diffusers.files import write_atomically
 from lily_diffusers.training.data import keyed_generator
 
-RATE = 1.2e-3
+_MATRIX_RATE = 2e-3  # of Muon, for all matrices and convolutions
+_RATE = 1.2e-3  # of AdamW, for embeddings, norms and biases
 _WARMUP = 200
-_COOLDOWN = 0.35  # share of the steps in which the rate falls to nothing
+_COOLDOWN = 0.5  # share of the steps in which the rates fall to nothing
 _EMPTY = 0.1  # share of samples without any conditioning, for classifier-free guidance
 _EMA = 0.9995
 
@@ -74,19 +76,48 @@ class Denoiser(nn.Module):
         return F.mse_loss(predicted, signal * epsilon - noise * latents, reduction="none").mean((1, 2, 3))
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Warm up, stay, and fall to nothing as 1 - sqrt in the last third: a longer run can start before the fall."""
+def rate_factor(step: int, steps: int) -> float:
+    """Warm up, stay, and fall to nothing as 1 - sqrt in the second half: a longer run can start before the fall."""
     left = (steps - step) / (_COOLDOWN * steps)
-    return RATE * min(1.0, (step + 1) / _WARMUP) * (1.0 if left >= 1 else 1 - math.sqrt(max(0.0, 1 - left)))
+    return min(1.0, (step + 1) / _WARMUP) * (1.0 if left >= 1 else 1 - math.sqrt(max(0.0, 1 - left)))
 
 
-def _optimizer(denoiser: Denoiser) -> torch.optim.AdamW:
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in denoiser.named_parameters():
-        (decayed if parameter.dim() > 1 and "embedding" not in name else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99), fused=True)
+class Optimizers:
+    """Muon for matrices and convolutions (each a matrix of its output channels), AdamW for everything else.
+
+    Muon (Jordan et al. 2024, torch.optim.Muon) orthogonalises each matrix's momentum. At the same time on two cores the
+    validation loss fell further than AdamW's alone (docs/LOG.md).
+
+    Args:
+        denoiser: whose parameters are updated in place.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        named = list(denoiser.named_parameters())
+        self._matrices = [p for name, p in named if p.dim() > 1 and "embedding" not in name]
+        self._views = [nn.Parameter(p.data.view(len(p), -1)) for p in self._matrices]  # the same memory
+        chosen = {id(p) for p in self._matrices}
+        others = [p for _, p in named if id(p) not in chosen]
+        self._muon = torch.optim.Muon(self._views, lr=_MATRIX_RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+        self._adam = torch.optim.AdamW(others, lr=_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+
+    def step(self, factor: float) -> None:
+        """Update the parameters from their gradients, with both rates times `factor`."""
+        for view, matrix in zip(self._views, self._matrices, strict=True):
+            view.grad = None if matrix.grad is None else matrix.grad.view_as(view)
+        for optimizer, rate in ((self._muon, _MATRIX_RATE), (self._adam, _RATE)):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * rate
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of both."""
+        return {"muon": self._muon.state_dict(), "adam": self._adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of both."""
+        self._muon.load_state_dict(state["muon"])
+        self._adam.load_state_dict(state["adam"])
 
 
 def _batch(latents: Tensor, ids: Tensor, time_ids: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -139,13 +170,13 @@ def train_denoiser(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = denoiser.signal.device
-    optimizer, parameters = _optimizer(denoiser), list(denoiser.parameters())
+    optimizers, parameters = Optimizers(denoiser), list(denoiser.parameters())
     average = [p.detach().clone() for p in parameters]
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         denoiser.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizers.load_state_dict(state["optimizers"])
         average, start = state["average"], state["step"]
         print(f"goes on from step {start} of {checkpoint}", flush=True)
 
@@ -159,16 +190,14 @@ def train_denoiser(
     began, seen = time.monotonic(), []
     for step in range(start, steps):
         generator = keyed_generator(seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
         denoiser.train()
         share = (part[rank::world].to(device) for part in _batch(latents, ids, time_ids, batch, generator))
         loss = denoiser(*share).mean()
-        optimizer.zero_grad()
+        denoiser.zero_grad()
         loss.backward()
         _average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimizers.step(rate_factor(step, steps))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(_EMA, (1 + step) / (10 + step)))
         seen.append(loss.detach())
         if step % 100 == 99:
@@ -183,7 +212,7 @@ def train_denoiser(
                 raise RuntimeError(f"The loss is {mean} at step {step + 1}; the last whole state is in {checkpoint}.")
         if (step + 1) % every == 0 or step == steps - 1:
             if rank == 0:
-                state = {"weights": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
+                state = {"weights": denoiser.state_dict(), "optimizers": optimizers.state_dict()}
                 state |= {"average": average, "step": step + 1}
                 write_atomically(checkpoint, functools.partial(torch.save, state))
             swap()

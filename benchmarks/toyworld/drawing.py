@@ -41,4 +41,4 @@ def write_samples(pipe: StableDiffusionXLPipeline, file: Path) -> None:
     prompts = [f"a photo of a {what} {phrase}" for what in OBJECTS for phrase, _ in PLACES.values()]
     pictures = draw(pipe, prompts)
     wide = len(PLACES)
-    contact_sheet([pictures[i : i + wide] for i in range(0, len(pictures), wide)]).save(file)
+    contact_sheet([pictures[i : i + wide] for i in range(0, len(pictures), wide)]).save(file, quality=90)

@@ -109,8 +109,11 @@ def main() -> None:
     if not first:
         return
     print(f"trained for {(time.monotonic() - began) / 60:.0f} min in this run", flush=True)
-    write_samples(pipe, work / "samples.png")
-    pipe.to("cpu", torch.float16).save_pretrained(args.out, safe_serialization=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_samples(pipe, args.out / "samples.jpg")
+    for part in (pipe.unet, pipe.vae):  # transformers would keep float16 where diffusers loads float32
+        part.half()
+    pipe.to("cpu").save_pretrained(args.out, safe_serialization=True)
     size = sum(file.stat().st_size for file in args.out.rglob("*.safetensors"))
     print(f"wrote {args.out}: {size / 1e6:.1f} MB of weights", flush=True)
 
