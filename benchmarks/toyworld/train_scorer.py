@@ -122,7 +122,7 @@ def melt(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False), grid
 
 
-def _attract(identity: Tensor, labels: Tensor) -> Tensor:
+def attract(identity: Tensor, labels: Tensor) -> Tensor:
     """Supervised contrastive loss (arXiv 2004.11362): (n, d) unit vectors; label -1 only repels."""
     logits = identity @ identity.T / _TEMPERATURE
     logits = logits - 1e9 * torch.eye(len(labels))
@@ -150,7 +150,15 @@ def _draw(data: Labelled, families: int, generator: torch.Generator) -> tuple[Te
     return soften(torch.cat([pictures, melted]), generator), torch.cat([masks, warped]), labels
 
 
-def _loss(scorer: Scorer, data: Labelled, families: int, generator: torch.Generator) -> Tensor:
+def training_loss(scorer: Scorer, data: Labelled, families: int, generator: torch.Generator) -> Tensor:
+    """The loss of one drawn batch: where, what, which colour, and who (a scalar).
+
+    Args:
+        scorer: in training mode.
+        data: rendered samples, the families first.
+        families: how many there are, at least 8.
+        generator: of the batch.
+    """
     pictures, masks, labels = _draw(data, families, generator)
     logits = scorer(pictures, masks if torch.rand((), generator=generator) < 0.3 else None)
     place, kind, colour, identity = labels.unbind(-1)
@@ -161,7 +169,7 @@ def _loss(scorer: Scorer, data: Labelled, families: int, generator: torch.Genera
         + F.cross_entropy(logits.place, place, ignore_index=-1)
         + F.cross_entropy(logits.kind, kind, ignore_index=-1)
         + F.cross_entropy(logits.colour, colour, ignore_index=-1)
-        + _attract(logits.identity[compared], identity[compared])
+        + attract(logits.identity[compared], identity[compared])
     )
 
 
@@ -183,7 +191,7 @@ def train(steps: int, families: int = 1200, others: int = 500) -> Scorer:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = _loss(scorer, data, families, keyed_generator(0, step))
+        loss = training_loss(scorer, data, families, keyed_generator(0, step))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
