@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor
 
 from .autoencoder import encode, peak_signal, train_vae
@@ -72,6 +72,7 @@ def main() -> None:
         "--work", type=Path, default=Path("build/toyworld"), help="folder for what is kept between runs"
     )
     parser.add_argument("--out", type=Path, default=Path("examples/toy-sdxl"), help="folder for the finished pipeline")
+    parser.add_argument("--start", type=Path, help="pipeline of this kind to go on from, instead of random weights")
     parser.add_argument("--pictures", type=int, default=160_000, help="pictures to render")
     parser.add_argument("--vae_steps", type=int, default=6_500, help="optimiser steps of the VAE")
     parser.add_argument("--vae_batch", type=int, default=32, help="32-pixel crops a step")
@@ -85,14 +86,20 @@ def main() -> None:
     if not first:
         dist.barrier()  # until the first process has what all read
     pictures = render_pictures(work / "pictures", args.pictures)
-    vae = _trained_vae(work, pictures, args.vae_steps, args.vae_batch, device)
+    pipe = make_pipeline()
+    if args.start:
+        pipe = StableDiffusionXLPipeline.from_pretrained(args.start, dtype=torch.float32, add_watermarker=False)
+        pipe.set_progress_bar_config(disable=True)
+        vae = pipe.vae.to(device)
+    else:
+        vae = _trained_vae(work, pictures, args.vae_steps, args.vae_batch, device)
     print(f"VAE: {peak_signal(vae, pictures.pixels[-256:]):.2f} dB on 256 held-out pictures", flush=True)
     latents = _latents(work, vae, pictures, device)
     if first and dist.is_initialized():
         dist.barrier()
 
-    pipe = make_pipeline().to(device)
     pipe.vae = vae
+    pipe.to(device)
     ids = pipe.tokenizer(
         pictures.captions, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length,
         return_tensors="pt",
