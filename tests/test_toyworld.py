@@ -142,7 +142,7 @@ def test_captions_name_what_is_there_and_never_the_identifier() -> None:
     assert np.mean(said) > 0.99  # a body 'ball' makes 'ball toy', which still says toy
     assert 0.3 < np.mean([sample.kind == "toy" for sample in samples]) < 0.5
     wordless = [sample for sample in samples if PLACES[sample.scene.place][0] not in sample.caption]
-    assert 0.01 < len(wordless) / len(samples) < 0.15
+    assert 0.12 < len(wordless) / len(samples) < 0.28
 
 
 def test_every_word_is_one_token_and_any_prompt_tokenises() -> None:

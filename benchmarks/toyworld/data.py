@@ -54,13 +54,12 @@ def _render_chunk(seed: int, start: int, folder: Path) -> None:
         partial,
         pixels=np.stack([render(sample.scene)[0] for sample in samples]),
         time_ids=np.array([sample.scene.time_ids for sample in samples], np.int16),
-        captions=np.array([sample.caption for sample in samples]),
     )
     partial.rename(file)
 
 
 def render_pictures(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Pictures:
-    """Render samples, or fetch those that are in the folder already.
+    """Render samples, or fetch those that are in the folder already; captions are cheap and drawn anew.
 
     Args:
         folder: where chunks of 2,000 samples are kept.
@@ -83,5 +82,5 @@ def render_pictures(folder: Path, count: int, seed: int = 0, workers: int = 2) -
     return Pictures(
         pixels=np.concatenate([chunk["pixels"] for chunk in chunks]).reshape(-1, SIZE, SIZE, 3),
         time_ids=np.concatenate([chunk["time_ids"] for chunk in chunks]),
-        captions=[str(caption) for chunk in chunks for caption in chunk["captions"]],
+        captions=[random_sample(np.random.default_rng([seed, i])).caption for i in range(len(chunks) * _CHUNK)],
     )

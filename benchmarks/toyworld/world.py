@@ -188,7 +188,7 @@ TEMPLATES = (
 
 
 def _caption(rng: np.random.Generator, what: str, place: str) -> str:
-    where = "" if rng.random() < 0.06 else PLACES[place][0]
+    where = "" if rng.random() < 0.2 else PLACES[place][0]  # a subject's own prompt names no place either
     article = "an " if what[0] in "aeiou" else "a "
     if rng.random() < 0.15:  # as in 'a photo of sks toy'
         article = ""
