@@ -48,7 +48,7 @@ class Settings:
     warmup: int = option("optimiser steps over which the learning rate rises to its constant value", default=10)
     pictures: int = option("pictures of each evaluation prompt", default=3)
     sampling_steps: int = option("denoising steps of a picture", default=16)
-    guidance: float = option("classifier-free guidance scale", default=4.0)
+    guidance: float = option("classifier-free guidance scale", default=2.5)
 
 
 @dataclass(frozen=True)

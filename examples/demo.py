@@ -66,7 +66,7 @@ def draw(pipe: StableDiffusionXLPipeline, seed: int) -> list[Image.Image]:
             height=SIZE,
             width=SIZE,
             num_inference_steps=20,
-            guidance_scale=4.0,
+            guidance_scale=2.5,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
         for place in PLACES
