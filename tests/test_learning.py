@@ -30,7 +30,7 @@ def test_the_demos_photos_are_the_subjects() -> None:
 @pytest.mark.xfail(
     strict=True, reason="the toy base is not trained enough: identity comes a fifth of the way to the VAE's ceiling"
 )
-def test_training_teaches_the_subject_and_keeps_the_prompt(tmp_path: Path, record_property) -> None:
+def test_training_teaches_the_subject_and_keeps_the_prompt(tmp_path: Path) -> None:
     """On snow, where it has never been, the toy is itself: at least half-way from the base to the VAE's ceiling."""
     assert "snow" not in subject_places(SUBJECT)
     demo.train(tmp_path / "adapter", steps=demo.STEPS)
@@ -51,7 +51,6 @@ def test_training_teaches_the_subject_and_keeps_the_prompt(tmp_path: Path, recor
     with torch.no_grad():
         ceiling = similarity(round_trip(pipe.vae, true_pictures(SUBJECTS[SUBJECT], ["snow"] * 8, seed=3)[0]))
     places = scorer.read(drawn).places
-    for name, value in {"before": before, "after": after, "ceiling": ceiling}.items():
-        record_property(name, value)
+    print(f"identity on snow: before {before:.3f}, after {after:.3f}, VAE ceiling {ceiling:.3f}; places {places}")
     assert after >= (before + ceiling) / 2, (before, after, ceiling)
     assert places.count("snow") >= 4, places
