@@ -24,7 +24,7 @@ from lily_diffusers.training.checkpoints import find_last
 from tests.test_pipeline import draw
 
 ROOT = Path(__file__).parents[1]
-PHOTOS = ROOT / "examples" / "photos"
+PHOTOS = ROOT / "examples" / "robot"
 
 
 class Script:
@@ -180,12 +180,12 @@ def test_a_half_written_checkpoint_is_passed_over_and_named(script: Script, tmp_
     other = flags | {"instance_prompt": "a photo of sks mug", "instance_data_dir": one_photo(tmp_path / "photos")}
     changed = script.run(tmp_path, expect=1, resume_from_checkpoint="latest", **other)
     assert "instance_prompt was 'a photo of sks toy' and is 'a photo of sks mug'" in changed
-    assert "photos was ['teapot_1.jpg', " in changed
+    assert "photos was ['robot_1.png', " in changed
 
 
 def one_photo(folder: Path) -> Path:
     folder.mkdir()
-    shutil.copy(PHOTOS / "teapot_1.jpg", folder)
+    shutil.copy(PHOTOS / "robot_1.png", folder)
     return folder
 
 
@@ -230,7 +230,7 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoin
     ("flags", "sentence"),
     [
         ({"resolution": 1020}, "--resolution=1020 is not divisible by 8"),
-        ({"output_dir": PHOTOS / "teapot_1.jpg" / "out"}, "cannot be written"),
+        ({"output_dir": PHOTOS / "robot_1.png" / "out"}, "cannot be written"),
         ({"instance_data_dir": ROOT / "lily_diffusers"}, "holds no photos"),
         ({"init": "staggered"}, "pass router_bias=True"),
         ({"pretrained_vae_model_name_or_path": ROOT / "docs"}, "cannot load --pretrained_vae_model_name_or_path"),
