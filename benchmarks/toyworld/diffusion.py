@@ -139,6 +139,15 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
+@torch.no_grad()
+def _swap(parameters: list[nn.Parameter], average: list[Tensor]) -> None:
+    """Let parameters and their moving average trade places, in place."""
+    for parameter, mean in zip(parameters, average, strict=True):
+        kept = parameter.clone()
+        parameter.copy_(mean)
+        mean.copy_(kept)
+
+
 def train_denoiser(
     denoiser: Denoiser,
     latents: Tensor,
@@ -180,13 +189,6 @@ def train_denoiser(
         average, start = state["average"], state["step"]
         print(f"goes on from step {start} of {checkpoint}", flush=True)
 
-    def swap() -> None:
-        with torch.no_grad():
-            for parameter, mean in zip(parameters, average, strict=True):
-                kept = parameter.clone()
-                parameter.copy_(mean)
-                mean.copy_(kept)
-
     began, seen = time.monotonic(), []
     for step in range(start, steps):
         generator = keyed_generator(seed, step)
@@ -215,11 +217,11 @@ def train_denoiser(
                 state = {"weights": denoiser.state_dict(), "optimizers": optimizers.state_dict()}
                 state |= {"average": average, "step": step + 1}
                 write_atomically(checkpoint, functools.partial(torch.save, state))
-            swap()
+            _swap(parameters, average)
             denoiser.eval()
             yield step + 1
-            swap()
+            _swap(parameters, average)
         else:
             yield step + 1
-    swap()
+    _swap(parameters, average)
     denoiser.eval()
