@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -22,6 +23,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 SIZE = 64
 """Edge of the pictures the tiny model is built for (pixels)."""
+
+SDXL_FORM: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+}
+"""What a UNet of SDXL's form has at any size."""
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
@@ -76,15 +85,12 @@ def make_unet() -> UNet2DConditionModel:
         block_out_channels=(16, 32, 64),
         norm_num_groups=8,
         layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 1, 2),
         attention_head_dim=(2, 4, 8),
         cross_attention_dim=48,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 32,
+        **SDXL_FORM,
     )
 
 

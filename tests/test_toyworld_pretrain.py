@@ -94,6 +94,19 @@ def test_the_vae_learns() -> None:
     assert latents.dtype == torch.float16
 
 
+@pytest.mark.parametrize(("started", "said"), [(False, "holds no model_index.json"), (True, "holds a run of its own")])
+def test_a_wrong_start_is_one_sentence(tmp_path: Path, monkeypatch, capsys, started: bool, said: str) -> None:
+    from benchmarks.toyworld import pretrain
+
+    if started:
+        (tmp_path / "model_index.json").touch()
+        (tmp_path / "unet.pt").touch()
+    monkeypatch.setattr("sys.argv", ["pretrain", "--start", str(tmp_path), "--work", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_makes_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import StableDiffusionXLPipeline

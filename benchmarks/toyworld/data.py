@@ -29,7 +29,7 @@ class Pictures:
     """Rendered samples.
 
     Attributes:
-        pixels: (n, 64, 64, 3) uint8, mapped from disk.
+        pixels: (n, 64, 64, 3) uint8.
         time_ids: (n, 6) int16, SDXL's size conditioning in pixels.
         captions: n sentences.
     """

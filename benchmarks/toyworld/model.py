@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from examples.tiny_sdxl import make_tokenizer
+from examples.tiny_sdxl import SDXL_FORM, make_tokenizer
 
 from .objects import BODIES, CLASSES, COLOURS, FACES, FEET, PATTERNS, SIDES, TOPS
 from .places import PLACES
@@ -57,15 +57,12 @@ def make_unet() -> UNet2DConditionModel:
         block_out_channels=(64, 96, 128),
         norm_num_groups=16,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 1, 3),
         attention_head_dim=(2, 3, 4),
         cross_attention_dim=160,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=6 * 16 + 96,
+        **SDXL_FORM,
     )
 
 
