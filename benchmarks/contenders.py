@@ -16,6 +16,8 @@ from .unets import share_weights
 
 SLACK = 0.02
 """By how much a contender's parameters may exceed the budget (share of the budget)."""
+NEAR = 0.1
+"""How near to the budget is near enough (share of the budget)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def fit_budget(unet: UNet2DConditionModel, name: str, budget: int, stride_A: int
     """Choose the rank whose parameter count comes nearest to a budget without exceeding it by more than `SLACK`.
 
     Where rank 1 is too much, more is shared: stride_A is doubled until every pool has one A, then num_B falls to 2.
+    Where no rank comes within `NEAR`, less is shared: stride_A is halved, so that small budgets can be met as well.
 
     Args:
         unet: frozen, without adapters.
@@ -92,10 +95,27 @@ def fit_budget(unet: UNet2DConditionModel, name: str, budget: int, stride_A: int
             "leave it out, or choose a larger budget."
         )
 
+    def distance(fit: Fit) -> int:
+        return abs(fit.parameters - budget)
+
+    found: list[Fit] = []
+    while stride and (not found or distance(found[-1]) > NEAR * budget):
+        shared = dataclasses.replace(options, stride_A=stride)
+        if count_parameters(unet, name, shared) > limit:
+            break
+        found.append(_fit_rank(unet, name, shared, budget, limit))
+        stride //= 2
+    return min(found, key=distance)
+
+
+def _fit_rank(unet: UNet2DConditionModel, name: str, options: AdapterOptions, budget: int, limit: float) -> Fit:
+    """Choose the rank nearest to a budget, among those within the limit; rank 1 is."""
+
     def fit(r: int) -> Fit:
         ranked = dataclasses.replace(options, r=r)
         return Fit(ranked, count_parameters(unet, name, ranked))
 
+    smallest = fit(1).parameters
     per_rank = fit(2).parameters - smallest
     best = fit(1 + max(0, int(limit - smallest) // per_rank))
     while best.parameters > limit:

@@ -33,6 +33,7 @@ from PIL import Image
 from lily_diffusers.files import write_atomically
 
 from .contenders import CONTENDERS, Fit, count_parameters, fit_budget
+from .intervals import interval
 from .measure import describe_machine
 from .methods import AdapterOptions
 from .quality_cell import Bench, Cell, Settings, load_bench
@@ -40,6 +41,7 @@ from .quality_report import contact_sheet, format_report, summarise
 from .quality_store import VERSIONS, Store, digest_folder, digest_scorer, run_cells
 from .toyworld.scorer import WEIGHTS
 from .toyworld.subjects import SUBJECTS, TUNING
+from .toyworld.validity import identity_bounds
 from .toyworld.world import Array
 
 TUNING_SEED = 0
@@ -187,6 +189,7 @@ def _pairs(args: argparse.Namespace) -> list[tuple[str, int]]:
 
 
 def make_report(
+    bench: Bench,
     args: argparse.Namespace,
     sizes: Mapping[int, int],
     fits: Mapping[Key, Fit],
@@ -214,12 +217,17 @@ def make_report(
             "summary": summarise(results),
         }
     paths = ("json", "markdown", "sheet", "work", "base", "scorer")
+    looks = {
+        look: interval(cosines.tolist())
+        for look, cosines in identity_bounds(bench.scorer, bench.pipe, args.subjects).items()
+    }
     return {
         "options": {
             name: os.path.relpath(value) if name in paths and value else value for name, value in vars(args).items()
         },
         "machine": describe_machine(torch.device("cpu")),
         "versions": VERSIONS,
+        "bounds": {look: None if value is None else dataclasses.asdict(value) for look, value in looks.items()},
         "budgets": budgets,
         "cells": [{**record, "cell": dataclasses.asdict(cell)} for cell, record in records.items()],
     }
@@ -249,7 +257,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.sheet:
         sheet = make_sheet(store, args, records)
         write_atomically(args.sheet, lambda partial: sheet.save(partial, format="png"))
-    return make_report(args, sizes, fits, choices, records)
+    return make_report(bench, args, sizes, fits, choices, records)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

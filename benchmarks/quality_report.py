@@ -148,6 +148,9 @@ def format_report(report: Mapping[str, Any]) -> str:
         _LEGEND,
         "",
     ]
+    lines += ["What identity means for these subjects, by pictures that are not a contender's:", ""]
+    rows = [[look, format_interval(value)] for look, value in report["bounds"].items()]
+    lines += _table(["pictures", "identity"], rows)
     for budget, part in report["budgets"].items():
         lines += [f"## Budget: LoRA r={budget} ({part['parameters']:,} parameters)", ""]
         lines += _format_adapters(part["fits"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.toyworld.autoencoder import encode, peak_signal, train_vae
 from benchmarks.toyworld.data import Pictures
-from benchmarks.toyworld.diffusion import Denoiser, rate_factor, train_denoiser
+from benchmarks.toyworld.diffusion import Denoiser, Samples, rate_factor, train_denoiser
 from benchmarks.toyworld.model import make_pipeline, make_vae
 from benchmarks.toyworld.world import random_sample, render
 
@@ -26,6 +26,7 @@ def pictures(count: int) -> Pictures:
     return Pictures(
         np.stack([render(sample.scene)[0] for sample in samples]),
         np.array([sample.scene.time_ids for sample in samples], np.int16),
+        np.zeros((count, 16, 16), np.uint8),
         [sample.caption for sample in samples],
     )
 
@@ -36,8 +37,9 @@ def train_weights(folder: Path, steps: int, stop: int | None = None) -> dict[str
     latents = torch.randn(64, 4, 16, 16, generator=generator).half()
     ids = torch.randint(0, 500, (64, 32), generator=generator).short()
     denoiser = Denoiser(make_pipeline())
-    sizes = torch.full((64, 6), 64, dtype=torch.int16)
-    for done in train_denoiser(denoiser, latents, ids, sizes, steps, 8, folder / "unet.pt", every=2):
+    cover = torch.randint(0, 256, (64, 16, 16), generator=generator).byte()
+    samples = Samples(latents, ids, torch.full((64, 6), 64, dtype=torch.int16), cover)
+    for done in train_denoiser(denoiser, samples, steps, 8, folder / "unet.pt", every=2):
         if done == stop:
             break
     return {name: value.clone() for name, value in denoiser.state_dict().items()}
@@ -101,7 +103,7 @@ def test_a_wrong_start_is_one_sentence(tmp_path: Path, monkeypatch, capsys, star
     if started:
         (tmp_path / "model_index.json").touch()
         (tmp_path / "unet.pt").touch()
-    monkeypatch.setattr("sys.argv", ["pretrain", "--start", str(tmp_path), "--work", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["pretrain", "--warm_start", str(tmp_path), "--work", str(tmp_path)])
     with pytest.raises(SystemExit):
         pretrain.main()
     assert said in capsys.readouterr().err

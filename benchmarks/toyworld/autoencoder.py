@@ -56,7 +56,7 @@ def train_vae(
         The number of steps done, after each.
     """
     generator = torch.Generator().manual_seed(seed)
-    train = Pictures(pictures.pixels[:-256], pictures.time_ids[:-256], pictures.captions[:-256])
+    train = pictures[:-256]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     began = time.monotonic()
     for step in range(steps):

@@ -1,7 +1,7 @@
 """The pictures that the base is trained on, rendered once into one folder.
 
 Sample i depends on the seed and i alone, so that an interrupted rendering goes on where it was and
-any number of processes gives the same bytes. May import `world` and what is above it.
+any number of processes gives the same bytes. May import `world`, `model` and what is above them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .model import LATENT
 from .world import SIZE, random_sample, render
 
 Array = NDArray[Any]
@@ -31,12 +32,17 @@ class Pictures:
     Attributes:
         pixels: (n, 64, 64, 3) uint8.
         time_ids: (n, 6) int16, SDXL's size conditioning in pixels.
+        cover: (n, 16, 16) uint8, how much of each latent cell the object covers, 0 to 255.
         captions: n sentences.
     """
 
     pixels: Array
     time_ids: Array
+    cover: Array
     captions: list[str]
+
+    def __getitem__(self, chosen: slice) -> Pictures:
+        return Pictures(self.pixels[chosen], self.time_ids[chosen], self.cover[chosen], self.captions[chosen])
 
 
 def to_tensor(pictures: Array) -> Tensor:
@@ -49,11 +55,15 @@ def _render_chunk(seed: int, start: int, folder: Path) -> None:
     if file.exists():
         return
     samples = [random_sample(np.random.default_rng([seed, i])) for i in range(start, start + _CHUNK)]
+    drawn = [render(sample.scene) for sample in samples]
+    masks = np.stack([mask for _, mask in drawn])
+    cover = masks.reshape(_CHUNK, LATENT, SIZE // LATENT, LATENT, SIZE // LATENT).mean((2, 4))
     partial = file.with_suffix(".partial.npz")
     np.savez(
         partial,
-        pixels=np.stack([render(sample.scene)[0] for sample in samples]),
+        pixels=np.stack([picture for picture, _ in drawn]),
         time_ids=np.array([sample.scene.time_ids for sample in samples], np.int16),
+        cover=np.round(255 * cover).astype(np.uint8),
     )
     partial.rename(file)
 
@@ -82,5 +92,6 @@ def render_pictures(folder: Path, count: int, seed: int = 0, workers: int = 2) -
     return Pictures(
         pixels=np.concatenate([chunk["pixels"] for chunk in chunks]).reshape(-1, SIZE, SIZE, 3),
         time_ids=np.concatenate([chunk["time_ids"] for chunk in chunks]),
+        cover=np.concatenate([chunk["cover"] for chunk in chunks]),
         captions=[random_sample(np.random.default_rng([seed, i])).caption for i in range(len(chunks) * _CHUNK)],
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .autoencoder import encode, peak_signal, train_vae
 from .data import Pictures, render_pictures
-from .diffusion import Denoiser, train_denoiser
+from .diffusion import Denoiser, Samples, train_denoiser
 from .drawing import write_samples
 from .model import make_pipeline, make_vae
 
@@ -39,7 +39,7 @@ def _trained_vae(work: Path, pictures: Pictures, steps: int, batch: int, device:
     vae = make_vae().to(device)
     for _ in train_vae(vae, pictures, steps, batch, device):
         pass
-    latents = encode(vae, Pictures(pictures.pixels[:4096], pictures.time_ids[:4096], pictures.captions[:4096]), device)
+    latents = encode(vae, pictures[:4096], device)
     vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
     vae.save_pretrained(folder)
     return vae
@@ -71,7 +71,9 @@ def main() -> None:
         "--work", type=Path, default=Path("build/toyworld"), help="folder for what is kept between runs"
     )
     parser.add_argument("--out", type=Path, default=Path("examples/toy-sdxl"), help="folder for the finished pipeline")
-    parser.add_argument("--start", type=Path, help="pipeline of this kind to go on from, instead of random weights")
+    parser.add_argument(
+        "--warm_start", type=Path, help="pipeline of this kind to go on from, instead of random weights"
+    )
     parser.add_argument("--pictures", type=int, default=160_000, help="pictures to render")
     parser.add_argument("--vae_steps", type=int, default=6_500, help="optimiser steps of the VAE")
     parser.add_argument("--vae_batch", type=int, default=32, help="32-pixel crops a step")
@@ -79,10 +81,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="samples a step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args()
-    if args.start and not (args.start / "model_index.json").is_file():
-        parser.error(f"--start={args.start} holds no model_index.json; pass a pipeline's folder")
-    if args.start and (args.work / "unet.pt").exists():
-        parser.error(f"--work={args.work} holds a run of its own; leave out --start to go on with it, or name another")
+    if args.warm_start and not (args.warm_start / "model_index.json").is_file():
+        parser.error(f"--warm_start={args.warm_start} holds no model_index.json; pass a pipeline's folder")
+    if args.warm_start and (args.work / "unet.pt").exists():
+        parser.error(
+            f"--work={args.work} holds a run of its own; leave out --warm_start to go on with it, or name another"
+        )
     device, work = torch.device(args.device), args.work
     first = start_processes()
     work.mkdir(parents=True, exist_ok=True)
@@ -90,8 +94,8 @@ def main() -> None:
         dist.barrier()  # until the first process has what all read
     pictures = render_pictures(work / "pictures", args.pictures)
     pipe = make_pipeline()
-    if args.start:
-        pipe = StableDiffusionXLPipeline.from_pretrained(args.start, dtype=torch.float32, add_watermarker=False)
+    if args.warm_start:
+        pipe = StableDiffusionXLPipeline.from_pretrained(args.warm_start, dtype=torch.float32, add_watermarker=False)
         pipe.set_progress_bar_config(disable=True)
         vae = pipe.vae.to(device)
     else:
@@ -107,12 +111,12 @@ def main() -> None:
         pictures.captions, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length,
         return_tensors="pt",
     ).input_ids.short()  # fmt: skip
-    time_ids = torch.from_numpy(pictures.time_ids)
-    del pictures
+    samples = Samples(latents, ids, torch.from_numpy(pictures.time_ids), torch.from_numpy(pictures.cover))
+    del pictures, latents
     denoiser = Denoiser(pipe).to(device)
     began = time.monotonic()
     checkpoint = work / "unet.pt"
-    for done in train_denoiser(denoiser, latents, ids, time_ids, args.steps, args.batch, checkpoint):
+    for done in train_denoiser(denoiser, samples, args.steps, args.batch, checkpoint):
         if first and done % 2000 == 0:
             pipe.save_pretrained(work / "newest")
             write_samples(pipe, work / f"samples-{done:06d}.png")

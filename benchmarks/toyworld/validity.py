@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,19 +69,23 @@ def _melted(pictures: Array) -> Array:
     return ((warped + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def identity_bounds(scorer: Scorer, pipe: StableDiffusionXLPipeline | None) -> dict[str, Tensor]:
-    """Cosines to every subject's reference of what is, and is not, that subject.
+def identity_bounds(
+    scorer: Scorer, pipe: StableDiffusionXLPipeline | None, subjects: Sequence[str] = tuple(SUBJECTS)
+) -> dict[str, Tensor]:
+    """Cosines to each subject's reference of what is, and is not, that subject.
 
     Args:
         scorer: that reads.
         pipe: the base, for the VAE's ceiling and for the pictures before training; None leaves both out.
+        subjects: keys of `SUBJECTS`.
 
     Returns:
         Name of the bound -> cosines (n,), six pictures a subject.
     """
     found: dict[str, list[Tensor]] = {}
     names = list(SUBJECTS)
-    for number, (name, toy) in enumerate(SUBJECTS.items()):
+    for name in subjects:
+        number, toy = names.index(name), SUBJECTS[name]
         reference = subject_reference(scorer, toy)
         places = new_places(name)
         true, _ = true_pictures(toy, places, seed=5)
