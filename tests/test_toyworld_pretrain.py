@@ -110,22 +110,27 @@ def test_a_wrong_start_is_one_sentence(tmp_path: Path, monkeypatch, capsys, star
 
 
 @pytest.mark.slow
-def test_the_command_makes_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_makes_a_pipeline_and_goes_on_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     from benchmarks.toyworld import pretrain
 
-    flags = {
-        "work": tmp_path / "work",
-        "out": tmp_path / "out",
-        "pictures": 2000,
-        "vae_steps": 2,
-        "steps": 2,
-        "batch": 4,
-    }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr("sys.argv", ["pretrain", "--device", "cpu", *words])
-    pretrain.main()
-    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out", add_watermarker=False)
-    assert np.isfinite(np.asarray(pipe("a toy", num_inference_steps=1, height=64, width=64).images[0])).all()
-    assert (tmp_path / "out" / "samples.jpg").exists()
+    def run(name: str, **more: object) -> StableDiffusionXLPipeline:
+        flags = {"work": tmp_path / f"{name}-work", "out": tmp_path / name, "pictures": 2000, "vae_steps": 2} | more
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        monkeypatch.setattr("sys.argv", ["pretrain", "--device", "cpu", "--batch", "4", *words])
+        pretrain.main()
+        return StableDiffusionXLPipeline.from_pretrained(tmp_path / name, add_watermarker=False)
+
+    first = run("first", steps=2)
+    assert np.isfinite(np.asarray(first("a toy", num_inference_steps=1, height=64, width=64).images[0])).all()
+    assert (tmp_path / "first" / "samples.jpg").exists()
+
+    (tmp_path / "second-work").mkdir()
+    (tmp_path / "second-work" / "pictures").symlink_to(tmp_path / "first-work" / "pictures")
+    run("second", steps=1, warm_start=tmp_path / "first")
+    again = run("second", steps=2)  # goes on: neither the VAE nor what the UNet has learnt is made anew
+    for name, value in again.vae.state_dict().items():
+        assert torch.equal(value, first.vae.state_dict()[name]), name
+    state = torch.load(tmp_path / "second-work" / "unet.pt", weights_only=True)
+    assert state["step"] == 2

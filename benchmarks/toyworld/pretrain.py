@@ -98,6 +98,8 @@ def main() -> None:
         pipe = StableDiffusionXLPipeline.from_pretrained(args.warm_start, dtype=torch.float32, add_watermarker=False)
         pipe.set_progress_bar_config(disable=True)
         vae = pipe.vae.to(device)
+        if first:
+            vae.save_pretrained(work / "vae")  # for when the command is repeated without --warm_start
     else:
         vae = _trained_vae(work, pictures, args.vae_steps, args.vae_batch, device)
     print(f"VAE: {peak_signal(vae, pictures.pixels[-256:]):.2f} dB on 256 held-out pictures", flush=True)
