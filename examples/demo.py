@@ -48,7 +48,7 @@ def train(out: Path, steps: int) -> None:
         "train_batch_size": 5,
         "max_train_steps": steps,
         "checkpointing_steps": steps,
-        "learning_rate": 1e-3,
+        "learning_rate": 5e-4,
         "r": 16,
     }
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]

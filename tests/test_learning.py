@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
@@ -27,9 +26,6 @@ def test_the_demos_photos_are_the_subjects() -> None:
         assert np.abs(drawn - picture).mean() < 0.5, f"{file} is not what the world renders now; render it again"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the toy base is not trained enough: identity comes a fifth of the way to the VAE's ceiling"
-)
 def test_training_teaches_the_subject_and_keeps_the_prompt(tmp_path: Path) -> None:
     """On snow, where it has never been, the toy is itself: at least half-way from the base to the VAE's ceiling."""
     assert "snow" not in subject_places(SUBJECT)
