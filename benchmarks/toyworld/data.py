@@ -1,7 +1,7 @@
 """The pictures that the base is trained on, rendered once into one folder.
 
 Sample i depends on the seed and i alone, so that an interrupted rendering goes on where it was and
-any number of processes gives the same bytes. May import `world`, `model` and what is above them.
+any number of processes gives the same bytes. May import `world` and what is above it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .model import LATENT
-from .world import SIZE, random_sample, render
+from .world import LATENT, SIZE, random_sample, render
 
 Array = NDArray[Any]
 _CHUNK = 2000

@@ -13,13 +13,12 @@ from examples.tiny_sdxl import SDXL_FORM, make_tokenizer
 
 from .objects import BODIES, CLASSES, COLOURS, FACES, FEET, PATTERNS, SIDES, TOPS
 from .places import PLACES
-from .world import SIZE, TEMPLATES
+from .world import LATENT, SIZE, TEMPLATES
 
 IDENTIFIER = "sks"
 """The rare word: one token, in no caption of pre-training."""
 PROMPT_TOKENS = 32
 """Longest prompt, start and end included (SDXL: 77; a caption of the world has at most 30)."""
-LATENT = SIZE // 4
 
 
 def vocabulary() -> list[str]:

@@ -24,6 +24,8 @@ Array = NDArray[Any]
 
 SIZE = 64
 """Edge of a picture (pixels)."""
+LATENT = SIZE // 4
+"""Edge of a picture's latents (latent pixels)."""
 _FINE = 2  # samples a pixel and axis
 
 
