@@ -175,6 +175,8 @@ def test_rendering_goes_on_where_it_was(tmp_path: Path) -> None:
     sample = random_sample(np.random.default_rng([0, 7]))
     assert again.captions[7] == sample.caption
     np.testing.assert_array_equal(again.pixels[7], render(sample.scene)[0])
+    shares = render(sample.scene)[1].reshape(16, 4, 16, 4).mean((1, 3))
+    np.testing.assert_allclose(again.cover[7] / 255, shares, atol=0.003)
     with pytest.raises(ValueError, match="holds pictures of seed 0, not 1"):
         render_pictures(tmp_path, 2000, seed=1)
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.toyworld.autoencoder import encode, peak_signal, train_vae
-from benchmarks.toyworld.data import Pictures
-from benchmarks.toyworld.diffusion import Denoiser, Samples, rate_factor, train_denoiser
+from benchmarks.toyworld.data import Pictures, render_pictures
+from benchmarks.toyworld.diffusion import Denoiser, Samples, _batch, rate_factor, train_denoiser
 from benchmarks.toyworld.model import make_pipeline, make_vae
 from benchmarks.toyworld.world import random_sample, render
 
@@ -81,6 +81,33 @@ def test_the_rates_warm_up_stay_and_fall_to_nothing() -> None:
     rates = [rate_factor(step, 10_000) for step in range(10_001)]
     assert rates[0] < rates[100] < rates[300] == rates[4_900] == 1
     assert rates[5_500] > rates[8_000] > rates[9_999] > rates[10_000] == 0
+
+
+def test_object_cells_weigh_more_where_there_is_little_noise() -> None:
+    denoiser = Denoiser(make_pipeline()).eval()
+    latents, epsilon = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids, sizes, t = torch.ones(2, 32, dtype=torch.long), torch.full((2, 6), 64.0), torch.tensor([0, 999])
+
+    def errors(cover: float) -> Tensor:
+        with torch.no_grad():
+            return denoiser(latents, ids, sizes, torch.full((2, 16, 16), cover), epsilon, t, torch.ones(2))
+
+    ratio = errors(1.0) / errors(0.0)
+    torch.testing.assert_close(ratio, 1 + 3 * denoiser.signal[t] ** 2)
+    assert ratio[0] > 3.9 and ratio[1] < 1.1
+
+
+def test_timesteps_lean_to_little_noise() -> None:
+    one = torch.zeros(1, 4, 16, 16), torch.zeros(1, 32), torch.zeros(1, 6), torch.full((1, 16, 16), 255).byte()
+    *_, cover, _, t, _ = _batch(Samples(*one), 1000, torch.Generator().manual_seed(0))
+    assert (t < 500).float().mean().item() == pytest.approx(0.5 ** (1 / 1.4), abs=0.01)
+    assert t.max() > 990 and cover.max() == cover.min() == 1
+
+
+def test_pictures_without_masks_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "0000000.npz", pixels=np.zeros((2000, 64, 64, 3), np.uint8), time_ids=np.zeros((2000, 6)))
+    with pytest.raises(ValueError, match="without masks, from an earlier version: remove it"):
+        render_pictures(tmp_path, 2000)
 
 
 def test_the_vae_learns() -> None:

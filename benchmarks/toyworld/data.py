@@ -88,6 +88,8 @@ def render_pictures(folder: Path, count: int, seed: int = 0, workers: int = 2) -
             if done % 10 == 0:
                 print(f"rendered {done * _CHUNK} of {count} ({time.monotonic() - began:.0f} s)", flush=True)
     chunks = [np.load(folder / f"{start:07d}.npz") for start in starts]
+    if any("cover" not in chunk for chunk in chunks):
+        raise ValueError(f"{folder} holds pictures without masks, from an earlier version: remove it to render anew.")
     return Pictures(
         pixels=np.concatenate([chunk["pixels"] for chunk in chunks]).reshape(-1, SIZE, SIZE, 3),
         time_ids=np.concatenate([chunk["time_ids"] for chunk in chunks]),
