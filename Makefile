@@ -27,7 +27,7 @@ app: install ## open the page on the toy SDXL
 test: install ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-test-slow: install ## run the tests that need the full-size SDXL UNet (about 7 GB)
+test-slow: install ## run the long tests: the full-size SDXL UNet (about 7 GB), pre-training's whole command
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 check: install ## lint, formatting, types
@@ -42,5 +42,5 @@ format: install ## let ruff mend what it can
 bench: install ## time the methods on the tiny UNet
 	$(RUN) -m benchmarks.speed --unet tiny --latent 32
 
-clean: ## remove what make made
-	rm -rf .venv build runs
+clean: ## remove .venv and what the demo made (not build/ and your other runs/)
+	rm -rf .venv $(DEMO)

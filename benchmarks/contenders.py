@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
 
+from . import BenchError
 from .methods import METHODS, AdapterOptions
 from .unets import share_weights
 
@@ -81,7 +82,7 @@ def fit_budget(unet: UNet2DConditionModel, name: str, budget: int, stride_A: int
         num_B: experts in a pool.
 
     Raises:
-        ValueError: if nothing fits.
+        BenchError: if nothing fits.
     """
     contender, limit = CONTENDERS[name], budget * (1 + SLACK)
     for stride, experts in _sharings(stride_A, num_B):
@@ -90,7 +91,7 @@ def fit_budget(unet: UNet2DConditionModel, name: str, budget: int, stride_A: int
         if smallest <= limit:
             break
     else:
-        raise ValueError(
+        raise BenchError(
             f"contender '{name}' trains at least {smallest:,} parameters, more than the budget of {budget:,}; "
             "leave it out, or choose a larger budget."
         )
@@ -126,10 +127,10 @@ def _fit_rank(unet: UNet2DConditionModel, name: str, options: AdapterOptions, bu
     return min(best, below, key=lambda one: abs(one.parameters - budget))
 
 
-def _sharings(stride_A: int, num_B: int, slots: int = 1024) -> Iterator[tuple[int, int]]:
-    """Yield (stride_A, num_B), sharing more and more; no pool of a UNet has `slots` slots."""
+def _sharings(stride_A: int, num_B: int) -> Iterator[tuple[int, int]]:
+    """Yield (stride_A, num_B), sharing more and more."""
     yield stride_A, num_B
-    while stride_A < slots:
+    while stride_A < 1024:  # no pool of a UNet has so many slots
         stride_A *= 2
         yield stride_A, num_B
     for experts in range(num_B - 1, 1, -1):

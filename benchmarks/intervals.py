@@ -11,6 +11,8 @@ from functools import cache
 
 import numpy as np
 
+LEVEL = 0.95
+"""Of all intervals."""
 Pair = tuple[str, int]
 """What two methods are compared on: (subject, seed)."""
 
@@ -31,15 +33,14 @@ class Interval:
 
 
 @cache
-def t_quantile(degrees: int, level: float = 0.95) -> float:
-    """Return t with P(|T| ≤ t) = level for Student's T.
+def t_quantile(degrees: int) -> float:
+    """Return t with P(|T| ≤ t) = `LEVEL` for Student's T.
 
     With T = √ν tan θ the density of θ is proportional to cos^(ν-1) θ, which is integrated by Gauss and
     Legendre's rule; θ is found by halving.
 
     Args:
         degrees: of freedom, ν ≥ 1.
-        level: between 0 and 1.
 
     Raises:
         ValueError: without a degree of freedom.
@@ -52,14 +53,18 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
     for _ in range(60):
         theta = (low + high) / 2
         inside = theta / 2 * float(weights @ np.cos(theta / 2 * (nodes + 1)) ** (degrees - 1))
-        low, high = (theta, high) if inside < level * whole else (low, theta)
+        low, high = (theta, high) if inside < LEVEL * whole else (low, theta)
     return math.sqrt(degrees) * math.tan(low)
 
 
-def interval(values: Sequence[float]) -> Interval | None:
-    """Return the mean of values with its 95 % interval, taking them as independent; None if there are none."""
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of values with its 95 % interval, taking them as independent.
+
+    Raises:
+        ValueError: without a value.
+    """
     if not values:
-        return None
+        raise ValueError("an interval needs a value, and there is none.")
     n = len(values)
     half = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return Interval(statistics.fmean(values), half, n)
@@ -73,7 +78,7 @@ def by_subject(values: Mapping[Pair, float]) -> list[float]:
     return [statistics.fmean(own) for own in seeds.values()]
 
 
-def paired_difference(ours: Mapping[Pair, float], peer: Mapping[Pair, float]) -> dict[str, Interval | None]:
+def paired_difference(ours: Mapping[Pair, float], peer: Mapping[Pair, float]) -> dict[str, Interval]:
     """Compare two methods on the (subject, seed) pairs that both have.
 
     Args:
@@ -82,7 +87,10 @@ def paired_difference(ours: Mapping[Pair, float], peer: Mapping[Pair, float]) ->
 
     Returns:
         The interval of ours - peer, twice: `cells` takes every pair as independent, `subjects` first averages
-        over the seeds of a subject, which is the honest width if subjects differ in what suits them.
+        over the seeds of a subject, which is the honest width if subjects differ in what suits them. Empty without
+        a common pair.
     """
     differences = {pair: ours[pair] - peer[pair] for pair in ours if pair in peer}
+    if not differences:
+        return {}
     return {"cells": interval(list(differences.values())), "subjects": interval(by_subject(differences))}

@@ -6,8 +6,10 @@ is adding one entry to `METHODS`. May import torch, diffusers, peft, safetensors
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import peft
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lily_diffusers import LilyConfig, inject_lily, save_lily_weights
 from lily_diffusers.initialisation import INITS
@@ -50,10 +52,14 @@ class Applied:
     Attributes:
         parameters: the trainable ones, each once, float32.
         stored_bytes: size of the file that the method's own save writes, in float32.
+        experts: (e, r, o) of each pool, in the memory of the parameters; none without experts.
+        record_routing: opens a block that collects slot -> S (b or 1, e) of the forwards inside; None without experts.
     """
 
     parameters: list[nn.Parameter] = field(default_factory=list)
     stored_bytes: int = 0
+    experts: list[Tensor] = field(default_factory=list)
+    record_routing: Callable[[], AbstractContextManager[Mapping[int, Tensor]]] | None = None
 
     @property
     def count(self) -> int:
@@ -89,7 +95,35 @@ def _peft_lily(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
     config = peft.LilyConfig(
         r=options.r, stride_A=options.stride_A, num_B=options.num_B, scaling=1.0, target_modules=TARGETS
     )
-    return _peft(unet, config)
+    applied = _peft(unet, config)
+    pools = {id(module.weight): module.weight for module in _modules(unet, ".lily_B.default")}
+    experts = [weight.detach().view(options.num_B, -1, weight.shape[1]) for weight in pools.values()]
+
+    @contextmanager
+    def record_routing() -> Iterator[dict[int, Tensor]]:
+        log: dict[int, Tensor] = {}
+
+        def listen(slot: int) -> Callable[[nn.Module, object, Tensor], None]:
+            def hook(router: nn.Module, inputs: object, logits: Tensor) -> None:  # logits: (b, n, e)
+                log[slot] = logits.detach().float().softmax(-1).flatten(0, -2).mean(0, keepdim=True)
+
+            return hook
+
+        routers = _modules(unet, ".lily_router.default")
+        handles = [router.register_forward_hook(listen(slot)) for slot, router in enumerate(routers)]
+        try:
+            yield log
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return dataclasses.replace(applied, experts=experts, record_routing=record_routing)
+
+
+def _modules(unet: UNet2DConditionModel, suffix: str) -> list[nn.Linear]:
+    """The linear modules whose names end so, shared ones as often as they are used."""
+    named = unet.named_modules(remove_duplicate=False)
+    return [module for name, module in named if name.endswith(suffix) and isinstance(module, nn.Linear)]
 
 
 def _lily(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
@@ -103,7 +137,8 @@ def _lily(unet: UNet2DConditionModel, options: AdapterOptions) -> Applied:
     )
     bank = inject_lily(unet, config)
     with tempfile.TemporaryDirectory() as folder:
-        return Applied(_trainable(bank.parameters()), save_lily_weights(unet, folder).stat().st_size)
+        stored_bytes = save_lily_weights(unet, folder).stat().st_size
+    return Applied(_trainable(bank.parameters()), stored_bytes, [*bank.B], bank.record_routing)
 
 
 METHODS: dict[str, Callable[[UNet2DConditionModel, AdapterOptions], Applied]] = {

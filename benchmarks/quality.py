@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -31,14 +32,15 @@ import torch
 from PIL import Image
 
 from lily_diffusers.files import write_atomically
+from lily_diffusers.training.config import TrainingError
 
+from . import BenchError
 from .contenders import CONTENDERS, Fit, count_parameters, fit_budget
-from .intervals import interval
 from .measure import describe_machine
 from .methods import AdapterOptions
 from .quality_cell import Bench, Cell, Settings, load_bench
 from .quality_report import contact_sheet, format_report, summarise
-from .quality_store import VERSIONS, Store, digest_folder, digest_scorer, run_cells
+from .quality_store import PROCEDURES, VERSIONS, Store, digest_folder, digest_scorer, run_cells
 from .toyworld.scorer import WEIGHTS
 from .toyworld.subjects import SUBJECTS, TUNING
 from .toyworld.validity import identity_bounds
@@ -55,13 +57,18 @@ class Choice:
 
     Attributes:
         rate: the chosen one.
-        tried: rate -> mean fidelity over the tuning subjects, None where a training failed; empty without a choice.
+        tried: rate -> fidelity on each tuning subject, None where the training failed; empty without a choice.
         at_edge: whether it is the lowest or the highest tried, so that a better one may lie outside the grid.
     """
 
     rate: float
-    tried: dict[float, float | None]
+    tried: dict[float, list[float | None]]
     at_edge: bool
+
+    def mean(self, rate: float) -> float | None:
+        """Mean fidelity at a rate, None if a training failed."""
+        values = [value for value in self.tried[rate] if value is not None]
+        return sum(values) / len(values) if len(values) == len(self.tried[rate]) else None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -92,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("work", "folder of the finished cells", Path("build/quality"), type=Path)
     flag("json", "file for all figures", None, type=Path)
     flag("markdown", "file for the tables", None, type=Path)
-    flag("sheet", "PNG file for the contact sheet of the first subject and seed", None, type=Path)
+    flag("sheet", "PNG or JPEG file for the contact sheet of the first subject and seed", None, type=Path)
     args = parser.parse_args(argv)
     for name in ("seeds", "steps", "batch", "warmup", "pictures", "sampling_steps", "jobs", "stride_A", "num_B"):
         if getattr(args, name) < 1:
@@ -100,6 +107,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("budgets", "rates"):
         if min(getattr(args, name)) <= 0:
             parser.error(f"--{name} {' '.join(map(str, getattr(args, name)))} must all be above 0")
+    if args.sheet and args.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        parser.error(f"--sheet={args.sheet} must end in .png, .jpg or .jpeg")
     args.contenders = [name for name in CONTENDERS if name == "base" or name in args.contenders]
     args.subjects, args.budgets = list(dict.fromkeys(args.subjects)), sorted(set(args.budgets))
     args.rates = sorted(set(args.rates))
@@ -132,21 +141,24 @@ def choose_rate(fidelity: Mapping[float, Sequence[float | None]]) -> Choice:
     Raises:
         ValueError: if a training failed at every rate.
     """
-    tried = {
-        rate: None if None in values else sum(value for value in values if value is not None) / len(values)
-        for rate, values in sorted(fidelity.items())
-    }
-    whole = {rate: value for rate, value in tried.items() if value is not None}
+    tried = Choice(math.nan, {rate: list(values) for rate, values in sorted(fidelity.items())}, False)
+    whole = {rate: mean for rate in tried.tried if (mean := tried.mean(rate)) is not None}
     if not whole:
-        raise ValueError(f"training failed at every learning rate of {list(tried)}; pass lower --rates.")
+        raise BenchError(f"training failed at every learning rate of {list(fidelity)}; pass lower --rates.")
     rate = max(whole, key=lambda rate: (whole[rate], -rate))
-    return Choice(rate, tried, rate in (min(tried), max(tried)))
+    return Choice(rate, tried.tried, rate in (min(fidelity), max(fidelity)))
 
 
-def tune(bench: Bench, store: Store, args: argparse.Namespace, fits: Mapping[Key, Fit]) -> dict[Key, Choice]:
-    """Run the tuning cells and choose a learning rate for every contender at every budget."""
+def tune(
+    bench: Bench, store: Store, args: argparse.Namespace, fits: Mapping[Key, Fit]
+) -> tuple[dict[Key, Choice], dict[Cell, dict[str, Any]]]:
+    """Run the tuning cells and choose a learning rate for every contender at every budget.
+
+    Returns:
+        The choices and the figures of the cells, none if there is one rate only.
+    """
     if len(args.rates) == 1:
-        return {key: Choice(args.rates[0], {}, False) for key in fits}
+        return {key: Choice(args.rates[0], {}, False) for key in fits}, {}
     cells = {
         (key, rate): [Cell(subject, TUNING_SEED, key[1], key[0], rate, fit.options) for subject in args.tuning_subjects]
         for key, fit in fits.items()
@@ -157,12 +169,11 @@ def tune(bench: Bench, store: Store, args: argparse.Namespace, fits: Mapping[Key
     for r, name in fits:
         tried = {rate: [records[c]["scores"].get("fidelity") for c in cells[(r, name), rate]] for rate in args.rates}
         choice = choices[r, name] = choose_rate(tried)
-        figures = ", ".join(
-            f"{rate:g}: {'failed' if f is None else format(f, '.3f')}" for rate, f in choice.tried.items()
-        )
+        means = {rate: choice.mean(rate) for rate in choice.tried}
+        figures = ", ".join(f"{rate:g}: {'failed' if f is None else format(f, '.3f')}" for rate, f in means.items())
         edge = "; at the edge of the grid, so widen --rates" if choice.at_edge else ""
         print(f"LoRA r={r}: {name} learns at {choice.rate:g} (fidelity at {figures}{edge})")
-    return choices
+    return choices, records
 
 
 def draw_base(bench: Bench, store: Store, args: argparse.Namespace) -> dict[Cell, dict[str, Any]]:
@@ -194,9 +205,10 @@ def make_report(
     sizes: Mapping[int, int],
     fits: Mapping[Key, Fit],
     choices: Mapping[Key, Choice],
+    tuning: Mapping[Cell, dict[str, Any]],
     records: Mapping[Cell, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Put all figures together, ready for JSON."""
+    """Put all figures together, ready for JSON: options, machine, digests, intervals, and every cell."""
     budgets = {}
     for r, size in sizes.items():
         results: dict[str, dict[tuple[str, int], dict[str, Any]]] = {name: {} for name in args.contenders}
@@ -209,7 +221,7 @@ def make_report(
                 name: {
                     **dataclasses.asdict(fits[r, name]),
                     "rate": choices[r, name].rate,
-                    "tuning": {f"{rate:g}": figure for rate, figure in choices[r, name].tried.items()},
+                    "tuning": {f"{rate:g}": choices[r, name].mean(rate) for rate in choices[r, name].tried},
                     "at_edge": choices[r, name].at_edge,
                 }
                 for name in args.contenders[1:]
@@ -217,19 +229,22 @@ def make_report(
             "summary": summarise(results),
         }
     paths = ("json", "markdown", "sheet", "work", "base", "scorer")
-    looks = {
-        look: interval(cosines.tolist())
-        for look, cosines in identity_bounds(bench.scorer, bench.pipe, args.subjects).items()
-    }
+    bounds = identity_bounds(bench.scorer, bench.pipe.vae, args.subjects)
+
+    def plain(cells: Mapping[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**record, "cell": dataclasses.asdict(cell)} for cell, record in cells.items()]
+
     return {
         "options": {
             name: os.path.relpath(value) if name in paths and value else value for name, value in vars(args).items()
         },
         "machine": describe_machine(torch.device("cpu")),
         "versions": VERSIONS,
-        "bounds": {look: None if value is None else dataclasses.asdict(value) for look, value in looks.items()},
+        "digests": {"base": digest_folder(args.base), "scorer": digest_scorer(bench.scorer)} | PROCEDURES,
+        "bounds": {look: dataclasses.asdict(bound) for look, bound in bounds.items()},
         "budgets": budgets,
-        "cells": [{**record, "cell": dataclasses.asdict(cell)} for cell, record in records.items()],
+        "cells": plain(records),
+        "tuning_cells": plain(tuning),
     }
 
 
@@ -252,12 +267,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     store = Store(args.work, settings, digest_folder(args.base), digest_scorer(bench.scorer))
     sizes, fits = fit_all(bench, args)
     untrained = draw_base(bench, store, args)
-    choices = tune(bench, store, args, fits)
+    choices, tuning = tune(bench, store, args, fits)
     records = untrained | compare(bench, store, args, fits, choices)
     if args.sheet:
         sheet = make_sheet(store, args, records)
-        write_atomically(args.sheet, lambda partial: sheet.save(partial, format="png"))
-    return make_report(bench, args, sizes, fits, choices, records)
+        kind = Image.registered_extensions()[args.sheet.suffix.lower()]
+        write_atomically(args.sheet, lambda partial: sheet.save(partial, format=kind, quality=85))
+    return make_report(bench, args, sizes, fits, choices, tuning, records)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -266,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = [*(sys.argv[1:] if argv is None else argv)]
     try:
         report = {"command": shlex.join(["python", "-m", "benchmarks.quality", *given])} | run(args)
-    except (ValueError, OSError) as error:
+    except (BenchError, TrainingError, OSError) as error:
         raise SystemExit(f"benchmarks.quality: {error}") from error
     except BrokenProcessPool:
         raise SystemExit(
@@ -279,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = format_report(report)
     print("\n" + text)
     if args.json:
-        write_atomically(args.json, lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
+        write_atomically(args.json, lambda file: file.write_text(json.dumps(report) + "\n"))
     if args.markdown:
         write_atomically(args.markdown, lambda file: file.write_text(text))
 

@@ -2,7 +2,7 @@
 
 The training loop is plain and the same for all contenders; its parts (batches keyed by seed, step and
 example, the loss) are those of the library's training script. May import `contenders`, `quality_score`,
-the toy world and `lily_diffusers`.
+`methods`, `unets`, the toy world and `lily_diffusers`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from lily_diffusers.analysis import expert_similarity, routing_entropy
 from lily_diffusers.config import option
-from lily_diffusers.inject import get_adapters
 from lily_diffusers.training.cache import CachedLatents, PromptEmbeds
 from lily_diffusers.training.config import TrainingConfig
 from lily_diffusers.training.data import Photo, keyed_generator
 from lily_diffusers.training.loss import denoising_loss, draw_batch
 
+from . import BenchError
 from .contenders import CONTENDERS
-from .methods import METHODS, AdapterOptions
+from .methods import METHODS, AdapterOptions, Applied
 from .quality_score import INSTANCE_PROMPT, evaluation_prompts
 from .toyworld.scorer import Scorer, load_scorer
 from .toyworld.subjects import photos
@@ -107,17 +107,17 @@ def load_bench(base: Path, scorer_file: Path) -> Bench:
     """Load the base from its folder and the scorer from its file.
 
     Raises:
-        ValueError: if either is not there.
+        BenchError: if either is not there.
     """
     if not (base / "model_index.json").is_file():
-        raise ValueError(
+        raise BenchError(
             f"--base={base} holds no model_index.json; pass a pipeline's folder, "
             "or make one with: python -m benchmarks.toyworld.pretrain"
         )
     if not scorer_file.is_file():
-        raise ValueError(
+        raise BenchError(
             f"--scorer={scorer_file} is not there; pass the scorer's weights, "
-            "or make them with: python -m benchmarks.toyworld.train_scorer"
+            f"or make them with: python -m benchmarks.toyworld.train_scorer --out {scorer_file}"
         )
     diffusers_logging.disable_progress_bar()  # of loading: there is one of the cells
     transformers_logging.disable_progress_bar()
@@ -146,7 +146,7 @@ class Training:
         losses: of the steps done.
         seconds: that they took.
         failed: a sentence, if the loss or the gradient stopped being finite.
-        routing_entropy: of our adapters on the last step's batch after training, see `analysis.routing_entropy`.
+        routing_entropy: on the last step's batch after training, see `analysis.routing_entropy`; None without experts.
     """
 
     losses: list[float]
@@ -155,15 +155,13 @@ class Training:
     routing_entropy: float | None = None
 
 
-def train(
-    bench: Bench, view: UNet2DConditionModel, parameters: list[nn.Parameter], cell: Cell, settings: Settings
-) -> Training:
+def train(bench: Bench, view: UNet2DConditionModel, applied: Applied, cell: Cell, settings: Settings) -> Training:
     """Train an adapter on the subject's photos: AdamW, constant rate after a short warm-up, clipped gradients.
 
     Args:
         bench: the base.
         view: of the base's UNet, with the adapter.
-        parameters: of the adapter, float32.
+        applied: the adapter on it.
         cell: names subject, seed and rate.
         settings: steps, batch and warm-up.
     """
@@ -172,7 +170,8 @@ def train(
         resolution=SIZE, center_crop=True, seed=cell.seed, learning_rate=cell.rate,
     )  # fmt: skip
     pictures = [Photo(Path(cell.subject), Image.fromarray(pixels), (SIZE, SIZE)) for pixels in photos(cell.subject)]
-    source, prompt = CachedLatents(pictures, bench.pipe.vae, config), embed(bench, INSTANCE_PROMPT)
+    parameters, prompt = applied.parameters, embed(bench, INSTANCE_PROMPT)
+    source = CachedLatents(pictures, bench.pipe.vae, config)
     optimizer = torch.optim.AdamW(
         parameters, cell.rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon, config.adam_weight_decay
     )
@@ -207,9 +206,10 @@ def train(
         optimizer.zero_grad(set_to_none=True)
     training.seconds = time.perf_counter() - began
     view.eval()
-    adapters = get_adapters(view)
-    if adapters is not None and training.failed is None:
-        with torch.no_grad(), adapters.bank("default").record_routing() as routing:
+    if training.failed is None and not all(parameter.isfinite().all() for parameter in parameters):
+        training.failed = f"a weight is not finite after step {settings.steps}"
+    if training.failed is None and applied.record_routing is not None:
+        with torch.no_grad(), applied.record_routing() as routing:
             loss_of(settings.steps - 1)
         training.routing_entropy = _number(routing_entropy(routing))
     return training
@@ -255,8 +255,7 @@ def run_cell(bench: Bench, cell: Cell, settings: Settings) -> tuple[dict[str, ob
     view = share_weights(bench.pipe.unet)
     torch.manual_seed(keyed_generator(cell.seed, "adapter").initial_seed())
     applied = METHODS[CONTENDERS[cell.contender].method](view, cell.options)
-    training = train(bench, view, applied.parameters, cell, settings) if applied.parameters else Training([])
-    adapters = get_adapters(view)
+    training = train(bench, view, applied, cell, settings) if applied.parameters else Training([])
     pictures, began = np.zeros((0, SIZE, SIZE, 3), np.uint8), time.perf_counter()
     if training.failed is None:
         pictures = draw(bench, view, cell.subject, cell.seed, settings)
@@ -267,7 +266,7 @@ def run_cell(bench: Bench, cell: Cell, settings: Settings) -> tuple[dict[str, ob
         "train_seconds": training.seconds,
         "draw_seconds": time.perf_counter() - began,
         "final_loss": sum(tail) / len(tail) if tail and training.failed is None else None,
-        "expert_similarity": None if adapters is None else _number(expert_similarity(adapters.bank("default"))),
+        "expert_similarity": _number(expert_similarity(applied.experts)),
         "routing_entropy": training.routing_entropy,
     }, pictures
 

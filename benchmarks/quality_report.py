@@ -1,18 +1,24 @@
 """From finished cells to figures: intervals, paired differences, Markdown tables and a contact sheet.
 
-May import `intervals`, `contenders`, `quality_score` and the toy world.
+    python -m benchmarks.quality_report docs/quality.json
+
+prints the tables of a report that `benchmarks.quality --json` wrote. May import `intervals`, `contenders`,
+`quality_score` and the toy world.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from .contenders import CONTENDERS
-from .intervals import Interval, Pair, interval, paired_difference
+from .intervals import Pair, by_subject, interval, paired_difference
 from .quality_score import evaluation_prompts
 from .toyworld.subjects import SUBJECTS, new_places, true_pictures
 from .toyworld.world import SIZE, Array
@@ -20,7 +26,10 @@ from .toyworld.world import SIZE, Array
 Records = Mapping[Pair, Mapping[str, Any]]
 """The figures of one contender at one budget, by subject and seed."""
 
+PEER = "lora"
+"""The contender that the others are compared with."""
 QUALITY = {
+    "fidelity": "fidelity",
     "identity": "identity",
     "place": "place right",
     "colour": "colour edit right",
@@ -36,19 +45,16 @@ TRAINING = {
     "train_seconds": "training (s)",
     "eval_seconds": "evaluation (s)",
 }
-PAIRED = {
-    name: title
-    for name, title in (QUALITY | TRAINING).items()
-    if name in ("identity", "place", "colour", "colour_identity", "drift", "diversity", "final_loss")
-}
+PAIRED = QUALITY | {"final_loss": TRAINING["final_loss"]}
 
-_LEGEND = (
-    "Identity: mean cosine to the subject's true renders, in six new places. Place and colour edit: share of pictures "
-    "in which the scorer reads what the prompt asked. Drift: mean absolute pixel difference (0 to 1) to the base's "
-    "pictures of other things, same seeds; kind kept: share of them that still read as the base's. Diversity: mean "
-    "absolute pixel difference between pictures of one prompt. Expert similarity: mean |cosine| between the experts "
-    "of a pool (1: copies). Routing entropy: 1 is an equal mix, 0 one expert."
-)
+_LEGEND = """\
+Fidelity: the mean of identity and place, which chose the learning rates. Identity: mean cosine to the subject's true
+renders, in six new places. Place and colour edit: share of pictures in which the scorer reads what the prompt asked;
+colours are edited on snow. Drift: mean absolute pixel difference (0 to 1) to the base's pictures of other things, same
+seeds; kind kept: share of them that still read as the base's. Diversity: mean absolute pixel difference between
+pictures of one prompt, grain and pose included. Expert similarity: mean |cosine| between the experts of a pool (1:
+copies). Routing entropy: 1 is an equal mix, 0 one expert (PEFT's Lily averages its weights over the batch first).
+Times are wall clock beside other cells."""
 
 
 def _figure(record: Mapping[str, Any], metric: str) -> float | None:
@@ -63,36 +69,35 @@ def figures(records: Records, metric: str) -> dict[Pair, float]:
     return {pair: value for pair, value in picked.items() if value is not None}
 
 
-def summarise(results: Mapping[str, Records], peer: str = "lora") -> dict[str, dict[str, Any]]:
+def summarise(results: Mapping[str, Records]) -> dict[str, dict[str, Any]]:
     """Summarise the contenders of one budget.
 
     Args:
         results: contender -> its cells.
-        peer: contender that the others are compared with, if it is among them.
 
     Returns:
-        contender -> 'metrics' (metric -> interval over the cells), 'differences' (metric -> the two intervals of
-        `paired_difference`, empty for the peer itself), 'cells' and 'failed' (how many, and the failures' sentences).
+        contender -> 'metrics' (metric -> interval over the subjects' means), 'differences' to `PEER` (metric -> the
+        two intervals of `paired_difference`, empty for the peer itself), 'cells' and 'failed' (how many, and the
+        failures' sentences).
     """
     summary: dict[str, dict[str, Any]] = {}
     for name, records in results.items():
-        metrics = {metric: interval(list(figures(records, metric).values())) for metric in (*QUALITY, *TRAINING)}
+        metrics: dict[str, dict[str, Any] | None] = {}
+        for metric in (*QUALITY, *TRAINING):
+            means = by_subject(figures(records, metric))
+            metrics[metric] = asdict(interval(means)) if means else None
         differences = {}
-        if name != peer and peer in results:
+        if name != PEER and PEER in results:
             for metric in PAIRED:
-                compared = paired_difference(figures(records, metric), figures(results[peer], metric))
-                differences[metric] = {over: _plain(value) for over, value in compared.items()}
+                compared = paired_difference(figures(records, metric), figures(results[PEER], metric))
+                differences[metric] = {over: asdict(value) for over, value in compared.items()}
         summary[name] = {
             "cells": len(records),
             "failed": {f"{s}, seed {n}": record["failed"] for (s, n), record in records.items() if record["failed"]},
-            "metrics": {metric: _plain(value) for metric, value in metrics.items()},
+            "metrics": metrics,
             "differences": differences,
         }
     return summary
-
-
-def _plain(value: Interval | None) -> dict[str, Any] | None:
-    return None if value is None else asdict(value)
 
 
 def format_interval(value: Mapping[str, Any] | None, signed: bool = False) -> str:
@@ -144,11 +149,12 @@ def format_report(report: Mapping[str, Any]) -> str:
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
         + ".",
         "",
-        "Mean ± half of the 95 % interval (Student's t) over the cells, a cell being one subject and one seed.",
+        "Mean ± half of the 95 % interval (Student's t) over the subjects, their seeds averaged first. There are many "
+        "intervals, and none is widened for that.",
         _LEGEND,
         "",
     ]
-    lines += ["What identity means for these subjects, by pictures that are not a contender's:", ""]
+    lines += ["What identity means for these subjects, by six pictures of each that are not a contender's:", ""]
     rows = [[look, format_interval(value)] for look, value in report["bounds"].items()]
     lines += _table(["pictures", "identity"], rows)
     for budget, part in report["budgets"].items():
@@ -157,7 +163,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         summary = part["summary"]
         for columns in (QUALITY, TRAINING):
             rows = [
-                [CONTENDERS[name].label, *(format_interval(result["metrics"][metric]) for metric in columns)]
+                [_label(name, result), *(format_interval(result["metrics"][metric]) for metric in columns)]
                 for name, result in summary.items()
             ]
             lines += _table(["method", *columns.values()], rows)
@@ -168,8 +174,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         ]
         if rows:
             lines += [
-                f"Differences to {CONTENDERS['lora'].label}, paired by subject and seed: mean ± half of the 95 % "
-                "interval over the pairs; in brackets the half over subjects (seeds averaged first).",
+                f"Differences to {CONTENDERS[PEER].label}, paired by subject and seed: mean ± half of the 95 % "
+                "interval over the subjects; in brackets the half if all pairs were independent.",
                 "",
                 *_table(["method", *PAIRED.values()], rows),
             ]
@@ -179,24 +185,30 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _format_difference(difference: Mapping[str, Mapping[str, Any] | None]) -> str:
-    text, subjects = format_interval(difference["cells"], signed=True), difference["subjects"]
-    return text if subjects is None or subjects["half"] is None else f"{text} ({subjects['half']:.3f})"
+def _format_difference(difference: Mapping[str, Mapping[str, Any]]) -> str:
+    if not difference:
+        return "-"
+    text, half = format_interval(difference["subjects"], signed=True), difference["cells"]["half"]
+    return text if half is None else f"{text} ({half:.3f})"
 
 
-def contact_sheet(subject: str, seed: int, columns: Mapping[str, Array | None], scale: int = 2) -> Image.Image:
+def _label(name: str, result: Mapping[str, Any]) -> str:
+    lost = f" ({result['cells'] - len(result['failed'])} of {result['cells']} cells)" if result["failed"] else ""
+    return CONTENDERS[name].label + lost
+
+
+def contact_sheet(subject: str, seed: int, columns: Mapping[str, Array | None]) -> Image.Image:
     """Lay out one subject's pictures: a row for each prompt, a column for the true render and for each contender.
 
     Args:
         subject: key of `SUBJECTS`.
         seed: of the true renders, which stand only where the prompt asks for a place; 0 has the poses of the photos.
         columns: heading (lines broken by newlines) -> pictures (p·k, 64, 64, 3) uint8, of which each prompt's first
-            is shown; None where the training failed.
-        scale: pixels of the sheet for one of a picture.
+            is shown, twice as large; None where the training failed.
     """
     prompts = evaluation_prompts(subject)
     truth = true_pictures(SUBJECTS[subject], new_places(subject), seed)[0]
-    tile, gap, margin, head = SIZE * scale, 4, 190, 58
+    tile, gap, margin, head = 2 * SIZE, 4, 190, 58
     width, height = margin + (len(columns) + 1) * (tile + gap), head + len(prompts) * (tile + gap)
     sheet = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
@@ -217,3 +229,14 @@ def contact_sheet(subject: str, seed: int, columns: Mapping[str, Array | None], 
             for row, first in enumerate(pictures[:: len(pictures) // len(prompts)]):
                 paste(row, column, first)
     return sheet
+
+
+def main() -> None:
+    """Print the tables of a report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_report", description="Print a report's tables.")
+    parser.add_argument("report", type=Path, help="JSON file that benchmarks.quality wrote")
+    print(format_report(json.loads(parser.parse_args().report.read_text())), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 from torch import Tensor
 
+from . import BenchError
 from .toyworld.objects import COLOURS
 from .toyworld.places import PLACES
 from .toyworld.scorer import Scorer, subject_reference
@@ -104,15 +105,14 @@ def score_pictures(scorer: Scorer, subject: str, pictures: Array, base_pictures:
     prompts = evaluation_prompts(subject)
     k, rest = divmod(len(pictures), len(prompts))
     if rest or len(base_pictures) != len(pictures):
-        raise ValueError(
+        raise BenchError(
             f"{len(pictures)} pictures and {len(base_pictures)} of the base do not fit {len(prompts)} prompts of "
             f"'{subject}'; remove the strips of this subject from the work folder and run again."
         )
 
     def of(purpose: str) -> tuple[list[int], list[str]]:
-        chosen = [i for i, prompt in enumerate(prompts) for _ in range(k) if prompt.purpose == purpose]
         index = [j for j in range(len(pictures)) if prompts[j // k].purpose == purpose]
-        return index, [prompts[i].asked for i in chosen]
+        return index, [prompts[j // k].asked for j in index]
 
     places, edits, others = of("place"), of("colour"), of("drift")
     reading = scorer.read(pictures)

@@ -2,7 +2,8 @@
 
 A finished cell is a JSON file with the training's figures and a PNG strip of its pictures, both named
 after the cell and a digest of everything they follow from. The scores are a second JSON file, named
-after the scorer's digest as well: a new scorer reads the old pictures. May import `quality_cell`.
+after the scorer's digest as well: a new scorer reads the old pictures. May import `quality_cell` and
+what that may.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 
 from lily_diffusers.files import write_atomically
 
+from . import BenchError
 from .contenders import CONTENDERS
 from .quality_cell import Bench, Cell, Settings, load_bench, run_cell
 from .quality_score import evaluation_prompts, score_pictures
@@ -34,8 +36,8 @@ from .toyworld.scorer import Scorer
 from .toyworld.subjects import photos
 from .toyworld.world import SIZE, Array
 
-PROCEDURE = 1
-"""Raise it when cells are run in another way, so that old ones are not mixed with new ones."""
+PROCEDURES = {"base": 1, "lora": 1, "peft_lily": 2, "lily": 1}
+"""Raise a method's number when its cells are run in another way, so that old ones are not mixed with new ones."""
 
 SCORING = 1
 """Raise it when pictures are scored in another way."""
@@ -82,15 +84,16 @@ class Store:
 
     def path(self, cell: Cell, suffix: str) -> Path:
         """Name one file of a cell; the digest covers all that its pictures follow from."""
+        method = CONTENDERS[cell.contender].method
         inputs = {
             "cell": asdict(cell),
-            "method": CONTENDERS[cell.contender].method,
+            "method": method,
             "settings": asdict(self.settings),
             "base": self.base,
             "photos": _digest_photos(cell.subject),
             "prompts": [prompt.text for prompt in evaluation_prompts(cell.subject)],
             "versions": VERSIONS,
-            "procedure": PROCEDURE,
+            "procedure": PROCEDURES[method],
         }
         digest = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=5).hexdigest()
         return self.folder / f"{cell.name}-{digest}{suffix}"
@@ -99,11 +102,11 @@ class Store:
         """Read the pictures (n, 64, 64, 3) uint8 of a finished cell from its strip.
 
         Raises:
-            ValueError: if the strip is missing.
+            BenchError: if the strip is missing.
         """
         path = self.path(cell, ".png")
         if not path.exists():
-            raise ValueError(f"{path} is missing, though it is needed here; remove {path.with_suffix('.json')}.")
+            raise BenchError(f"{path} is missing, though it is needed here; remove {path.with_suffix('.json')}.")
         with Image.open(path) as strip:
             pixels = np.array(strip.convert("RGB"))
         return pixels.reshape(SIZE, -1, SIZE, 3).swapaxes(0, 1)

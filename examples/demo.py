@@ -101,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))  # pictures this small gain nothing from more
     out = args.out.resolve()
-    adapter = out / PHOTOS.name
+    adapter = out / f"{PHOTOS.name}-lily"  # a name that no folder of photos has
     shutil.rmtree(adapter, ignore_errors=True)  # of an earlier demo
     began = time.monotonic()
     train(adapter, args.steps)

@@ -1,28 +1,30 @@
 """What an adapter has learnt to use: expert diversity and routing.
 
-Imports `functional` and `bank`.
+Imports `functional`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from . import functional
-from .bank import LilyBank
 
 
-def expert_similarity(bank: LilyBank) -> float:
+def expert_similarity(pools: Iterable[Tensor]) -> float:
     """Mean |cosine| between the experts of a pool, averaged over the pools.
 
-    1 says that the experts are copies of one another and the pool is really one B; 0 that they are
-    orthogonal. NaN for a pool of one expert.
+    Args:
+        pools: (e, r, o) each, as in `LilyBank.B`.
+
+    Returns:
+        1 if the experts are copies of one another and the pool is really one B; 0 if they are orthogonal. NaN for
+        pools of one expert.
     """
-    if bank.config.num_B < 2:
-        return float("nan")
-    return torch.stack([functional.pairwise_similarity(B) for B in bank.B]).mean().item()
+    similarities = [functional.pairwise_similarity(B) for B in pools if len(B) > 1]
+    return torch.stack(similarities).mean().item() if similarities else float("nan")
 
 
 def routing_entropy(routing: Mapping[int, Tensor]) -> float:

@@ -17,7 +17,9 @@ def test_interval_by_hand() -> None:
     assert found is not None and found.mean == 2.5 and found.n == 4
     assert found.half == pytest.approx(3.182446 * (5 / 3) ** 0.5 / 2, rel=1e-5)
     assert intervals.interval([7.0]) == intervals.Interval(7.0, None, 1)
-    assert intervals.interval([]) is None
+    with pytest.raises(ValueError, match="needs a value"):
+        intervals.interval([])
+    assert intervals.paired_difference({("a", 0): 1.0}, {("a", 1): 2.0}) == {}
 
 
 def test_paired_difference_takes_only_pairs_and_averages_seeds_first() -> None:

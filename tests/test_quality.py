@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import contenders, quality, quality_report, quality_score
-from benchmarks.methods import METHODS, AdapterOptions
-from benchmarks.quality_cell import Bench, Cell, Settings, embed, load_bench, run_cell, train
+from benchmarks import BenchError, contenders, quality, quality_report, quality_score
+from benchmarks.methods import METHODS, AdapterOptions, fill_zeros
+from benchmarks.quality_cell import Bench, Cell, Settings, draw, embed, load_bench, run_cell, train
+from benchmarks.quality_store import Store
 from benchmarks.toyworld.model import make_pipeline
 from benchmarks.toyworld.scorer import Scorer, save_scorer
 from benchmarks.toyworld.subjects import SUBJECTS, TUNING, new_places, subject_places, true_pictures
@@ -54,8 +57,8 @@ def bench(base: Path, scorer_files: list[Path]) -> Bench:
 def test_rate_of_the_highest_mean_is_chosen_and_a_failure_rules_one_out() -> None:
     choice = quality.choose_rate({1e-3: [0.2, 0.4], 2e-3: [0.5, 0.3], 4e-3: [0.9, None]})
     assert choice.rate == 2e-3 and not choice.at_edge
-    assert choice.tried == {1e-3: pytest.approx(0.3), 2e-3: pytest.approx(0.4), 4e-3: None}
-    assert quality.choose_rate({2e-3: [0.4], 1e-3: [0.4]}) == quality.Choice(1e-3, {1e-3: 0.4, 2e-3: 0.4}, True)
+    assert [choice.mean(rate) for rate in choice.tried] == [pytest.approx(0.3), pytest.approx(0.4), None]
+    assert quality.choose_rate({2e-3: [0.4], 1e-3: [0.4]}) == quality.Choice(1e-3, {1e-3: [0.4], 2e-3: [0.4]}, True)
     with pytest.raises(ValueError, match="training failed at every learning rate of \\[0.1\\]; pass lower --rates"):
         quality.choose_rate({0.1: [None]})
 
@@ -117,7 +120,7 @@ def _first_losses(bench: Bench, name: str, seed: int) -> list[float]:
     contender = contenders.CONTENDERS[name]
     view = share_weights(bench.pipe.unet)
     applied = METHODS[contender.method](view, AdapterOptions(2, 2, 3, contender.router, contender.init))
-    return train(bench, view, applied.parameters, Cell("teapot", seed, name, 1, 1e-3), TINY).losses
+    return train(bench, view, applied, Cell("teapot", seed, name, 1, 1e-3), TINY).losses
 
 
 def test_all_contenders_start_as_the_base_and_see_the_same_noise(bench: Bench) -> None:
@@ -135,14 +138,44 @@ def test_loss_that_is_not_finite_is_a_result(bench: Bench) -> None:
     assert len(pictures) == 0 and figures["final_loss"] is None
 
 
-def test_only_ours_has_expert_figures_and_the_base_is_left_alone(bench: Bench) -> None:
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_untrained_contender_draws_the_bases_pictures(bench: Bench, name: str) -> None:
+    contender, view = contenders.CONTENDERS[name], share_weights(bench.pipe.unet)
+    METHODS[contender.method](view, AdapterOptions(2, 2, 3, contender.router, contender.init))
+    drawn = draw(bench, view.eval(), "teapot", 0, TINY)
+    base = draw(bench, bench.pipe.unet, "teapot", 0, TINY)
+    assert np.abs(drawn.astype(int) - base).max() <= (1 if name == "token-zero_sum" else 0)  # zero_sum: to rounding
+
+
+def test_expert_figures_of_pefts_lily_are_those_of_its_parts(bench: Bench) -> None:
+    view = share_weights(bench.pipe.unet)
+    applied = METHODS["peft_lily"](view, AdapterOptions(2, 2, 3))
+    fill_zeros(applied.parameters)
+    inside = {id(p): p for name, p in view.named_parameters() if ".lily_B." in name}
+    assert len(applied.experts) == len(inside)
+    assert {tuple(B.shape) for B in applied.experts} == {(3, 2, p.shape[1]) for p in inside.values()}
+    one = next(module for module in view.modules() if isinstance(module, peft.tuners.lily.Linear))
+    assert torch.equal(applied.experts[0].flatten(0, 1), one.lily_B["default"].weight)
+    assert applied.record_routing is not None
+    x = torch.randn(2, 5, one.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), applied.record_routing() as routing:
+        one(x)
+        logits = one.lily_router["default"](one.lily_A["default"](x))
+    assert list(routing) == [0]
+    torch.testing.assert_close(routing[0], logits.softmax(-1).mean((0, 1))[None])
+    assert one(x) is not None and list(routing) == [0]
+
+
+def test_the_base_has_no_expert_figures_and_is_left_alone(bench: Bench) -> None:
     before = bench.pipe.unet
     ours, pictures = run_cell(bench, Cell("teapot", 0, "token-staggered", 1, 1e-3, AdapterOptions(2, 2, 3)), TINY)
     base, untrained = run_cell(bench, Cell("teapot", 0), TINY)
     assert bench.pipe.unet is before and not any(p.requires_grad for p in before.parameters())
     assert pictures.shape == untrained.shape == (26, 64, 64, 3) and pictures.dtype == np.uint8
     assert not np.array_equal(pictures, untrained)
-    assert 0 <= ours["expert_similarity"] <= 1 and 0 < ours["routing_entropy"] <= 1  # type: ignore[operator]
+    peers, _ = run_cell(bench, Cell("teapot", 0, "peft_lily", 1, 1e-3, AdapterOptions(2, 2, 3)), TINY)
+    for figures in (ours, peers):
+        assert 0 <= figures["expert_similarity"] <= 1 and 0 < figures["routing_entropy"] <= 1  # type: ignore[operator]
     assert base["expert_similarity"] is base["routing_entropy"] is base["final_loss"] is None
     assert (base["parameters"], base["train_seconds"]) == (0, 0.0)
 
@@ -167,9 +200,9 @@ def _times(work: Path) -> dict[str, int]:
 
 
 def test_report_holds_every_figure_and_a_second_run_runs_nothing(bench: Bench, tmp_path: Path) -> None:
-    work, files = tmp_path / "work", {kind: tmp_path / f"quality.{kind}" for kind in ("json", "markdown", "png")}
+    work, files = tmp_path / "work", {kind: tmp_path / f"quality.{kind}" for kind in ("json", "markdown", "jpg")}
     given = ["--contenders", "lora", "token-staggered", "--json", str(files["json"])]
-    given += ["--markdown", str(files["markdown"]), "--sheet", str(files["png"])]
+    given += ["--markdown", str(files["markdown"]), "--sheet", str(files["jpg"])]
     quality.main(_given(bench, work, *given))
     report = json.loads(files["json"].read_text())
     assert report["command"].startswith("python -m benchmarks.quality --base ")
@@ -184,8 +217,8 @@ def test_report_holds_every_figure_and_a_second_run_runs_nothing(bench: Bench, t
     drift = {name: result["metrics"]["drift"]["mean"] for name, result in part["summary"].items()}
     assert drift["base"] == 0 < drift["lora"]
     assert [record["cell"]["contender"] for record in report["cells"]] == ["base", "lora", "token-staggered"]
-    with Image.open(files["png"]) as sheet:
-        assert sheet.size == (190 + 4 * 132, 58 + 13 * 132)
+    with Image.open(files["jpg"]) as sheet:
+        assert (sheet.format, sheet.size) == ("JPEG", (190 + 4 * 132, 58 + 13 * 132))
 
     before = _times(work)
     assert len(before) == 9  # figures, scores and pictures of three cells
@@ -223,8 +256,33 @@ def test_rates_are_chosen_on_other_subjects_and_shown(
     text = quality_report.format_report(report | {"command": "python -m benchmarks.quality"})
     assert "0.001 (edge of the grid)" in text and "fidelity at 0.001 | fidelity at 1e+30 |" in text
     assert {record["cell"]["subject"] for record in report["cells"]} == {"teapot"}
-    assert report["bounds"]["true renders (upper bound)"]["n"] == 6  # of the reported subject alone
+    assert report["bounds"]["true renders (upper bound)"]["n"] == 1  # of the reported subject alone
+    assert {record["cell"]["subject"] for record in report["tuning_cells"]} == {"toy00"}
     assert "| true renders through the VAE (ceiling) | " in text
+
+
+def test_a_cells_files_are_named_after_all_that_it_follows_from(tmp_path: Path) -> None:
+    cell, store = Cell("teapot", 0, "lora", 1, 1e-3, AdapterOptions(1)), Store(tmp_path, TINY, "base", "scorer")
+    others = [
+        (dataclasses.replace(store, base="other"), cell),
+        (dataclasses.replace(store, settings=dataclasses.replace(TINY, guidance=3.0)), cell),
+        *((store, dataclasses.replace(cell, **{field: value})) for field, value in (
+            ("subject", "robot"), ("seed", 1), ("contender", "peft_lily"), ("budget", 4), ("rate", 2e-3),
+            ("options", AdapterOptions(2)),
+        )),
+    ]  # fmt: skip
+    paths = {where.path(what, ".json") for where, what in [(store, cell), *others]}
+    assert len(paths) == len(others) + 1
+    assert store.path(cell, ".json") == dataclasses.replace(store, scorer="other").path(cell, ".json")
+
+
+def test_pictures_that_are_gone_are_named(bench: Bench, tmp_path: Path) -> None:
+    _run(bench, tmp_path)
+    lost = next(tmp_path.glob("teapot-seed0-base-*.png"))
+    lost.unlink()
+    next(tmp_path.glob("teapot-seed0-lora-*.scores-*.json")).unlink()
+    with pytest.raises(BenchError, match=f"{lost} is missing, though it is needed here; remove .*json"):
+        _run(bench, tmp_path)
 
 
 def test_two_jobs_give_the_figures_of_one(bench: Bench, tmp_path: Path) -> None:
@@ -254,10 +312,13 @@ def test_summary_leaves_failures_out_and_names_them() -> None:
     }
     summary = quality_report.summarise(results)
     ours = summary["token-zero"]
+    assert quality_report._label("token-zero", ours) == "ours (token, zero) (2 of 3 cells)"
+    assert quality_report._label("lora", summary["lora"]) == "PEFT LoRA"
     assert ours["cells"] == 3 and ours["failed"] == {"a, seed 1": "loss nan and gradient norm nan at step 7"}
     assert ours["metrics"]["identity"]["mean"] == pytest.approx(0.6) and ours["metrics"]["identity"]["n"] == 2
     assert ours["metrics"]["eval_seconds"]["mean"] == 10.0 and ours["metrics"]["expert_similarity"] is None
     assert ours["differences"]["identity"]["cells"]["mean"] == pytest.approx(0.15)
+    assert summary["lora"]["metrics"]["identity"]["mean"] == pytest.approx(0.5)  # of the subjects: 0.5 and 0.5
     assert summary["lora"]["differences"] == {}
 
 

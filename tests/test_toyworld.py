@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks.toyworld.data import render_pictures
 from benchmarks.toyworld.model import IDENTIFIER, PROMPT_TOKENS, make_pipeline, make_world_tokenizer, vocabulary
-from benchmarks.toyworld.objects import BODIES, CLASSES, COLOURS, PATTERNS, random_toy, toy_parts
+from benchmarks.toyworld.objects import BODIES, CLASSES, COLOURS, PATTERNS, can_wear, random_toy, toy_parts
 from benchmarks.toyworld.places import EDGE, PLACES, texture
-from benchmarks.toyworld.solids import SOLIDS, Paint, Part, trace
+from benchmarks.toyworld.solids import REACH, SOLIDS, Paint, Part, trace
 from benchmarks.toyworld.subjects import (
     SUBJECTS,
     TUNING,
@@ -152,8 +152,8 @@ def test_every_word_is_one_token_and_any_prompt_tokenises() -> None:
     for prompt in ("a teapot, ünder the sea 🫖", "", "sks"):
         ids = tokenizer(prompt).input_ids
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == prompt.replace(",", " ,")
-    longest = max((random_sample(np.random.default_rng([2, i])).caption for i in range(2000)), key=len)
-    assert len(tokenizer(longest).input_ids) <= PROMPT_TOKENS + 4
+    captions = [random_sample(np.random.default_rng([2, i])).caption for i in range(2000)]
+    assert max(map(len, tokenizer(captions).input_ids)) <= PROMPT_TOKENS - 2
 
 
 def test_the_untrained_pipeline_draws(tmp_path: Path) -> None:
@@ -194,18 +194,29 @@ def test_subjects_have_five_photos_in_two_places_and_six_places_left() -> None:
 
 def test_hard_negatives_share_what_they_say() -> None:
     for toy in SUBJECTS.values():
-        assert other_shape(toy).paints == toy.paints
-        assert all(a != b for a, b in zip(other_shape(toy).shape, toy.shape, strict=True))
-        assert other_paints(toy).shape == toy.shape
-        assert other_paints(toy).paints != toy.paints
+        assert other_shape(toy, 0).paints == toy.paints
+        assert all(a != b for a, b in zip(other_shape(toy, 0).shape, toy.shape, strict=True))
+        assert other_paints(toy, 0).shape == toy.shape
+        assert other_paints(toy, 0).paints != toy.paints
+    assert len({other_paints(toy, i).paints for i, toy in enumerate(SUBJECTS.values())}) == len(SUBJECTS)
 
 
-def test_a_toy_fits_into_its_ball() -> None:
+def test_a_toy_stays_within_reach() -> None:
     rng = np.random.default_rng(0)
+    screen = 1.6 * ray_grid(97)
     for _ in range(60):
-        for part in toy_parts(random_toy(rng)):
-            assert np.linalg.norm(part.at) + SOLIDS[part.solid][1](part.size) < 1.9
+        scene = random_scene(rng, toy_parts(random_toy(rng)), "snow")
+        _, inside = trace(list(scene.parts), screen, scene.view, FRONT)
+        assert np.abs(screen[:, inside]).max() < REACH
     assert {random_toy(rng).body for _ in range(200)} == set(BODIES)
+
+
+def test_no_toy_is_said_to_wear_what_it_does_not_show() -> None:
+    rng = np.random.default_rng(0)
+    toys = [random_toy(rng) for _ in range(400)]
+    assert all(can_wear(toy.body, toy.face) for toy in toys)
+    belted = {toy.body for toy in toys if toy.face == "belt"}
+    assert belted == set(BODIES) - {"box", "brick"}
 
 
 def test_poses_differ_from_picture_to_picture() -> None:

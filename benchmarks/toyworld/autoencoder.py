@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ def _crops(pictures: Pictures, batch: int, whole: bool, generator: torch.Generat
 
 def train_vae(
     vae: AutoencoderKL, pictures: Pictures, steps: int, batch: int, device: torch.device, seed: int = 0
-) -> Iterator[int]:
+) -> None:
     """Train in place: crops of 32 px at first, whole pictures in the last fifth; the rate falls as a cosine.
 
     Args:
@@ -51,9 +50,6 @@ def train_vae(
         batch: crops a step; whole pictures come a quarter as many.
         device: where the VAE lives.
         seed: of the crops.
-
-    Yields:
-        The number of steps done, after each.
     """
     generator = torch.Generator().manual_seed(seed)
     train = pictures[:-256]
@@ -75,7 +71,6 @@ def train_vae(
                 f"({time.monotonic() - began:.0f} s)",
                 flush=True,
             )
-        yield step + 1
 
 
 @torch.no_grad()

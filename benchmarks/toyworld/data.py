@@ -1,7 +1,7 @@
 """The pictures that the base is trained on, rendered once into one folder.
 
 Sample i depends on the seed and i alone, so that an interrupted rendering goes on where it was and
-any number of processes gives the same bytes. May import `world` and what is above it.
+any number of processes gives the same bytes. May import `world` and what is above it, and `lily_diffusers`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lily_diffusers.files import write_atomically
 
 from .world import LATENT, SIZE, random_sample, render
 
@@ -57,14 +59,17 @@ def _render_chunk(seed: int, start: int, folder: Path) -> None:
     drawn = [render(sample.scene) for sample in samples]
     masks = np.stack([mask for _, mask in drawn])
     cover = masks.reshape(_CHUNK, LATENT, SIZE // LATENT, LATENT, SIZE // LATENT).mean((2, 4))
-    partial = file.with_suffix(".partial.npz")
-    np.savez(
-        partial,
-        pixels=np.stack([picture for picture, _ in drawn]),
-        time_ids=np.array([sample.scene.time_ids for sample in samples], np.int16),
-        cover=np.round(255 * cover).astype(np.uint8),
-    )
-    partial.rename(file)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as stream:
+            np.savez(
+                stream,
+                pixels=np.stack([picture for picture, _ in drawn]),
+                time_ids=np.array([sample.scene.time_ids for sample in samples], np.int16),
+                cover=np.round(255 * cover).astype(np.uint8),
+            )
+
+    write_atomically(file, write)
 
 
 def render_pictures(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Pictures:
@@ -75,12 +80,15 @@ def render_pictures(folder: Path, count: int, seed: int = 0, workers: int = 2) -
         count: samples; rounded up to whole chunks.
         seed: of the samples; another seed wants another folder.
         workers: processes.
+
+    Raises:
+        ValueError: if the folder holds pictures of another seed, or of a version that drew other samples.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "seed.json"
     if mark.exists() and json.loads(mark.read_text()) != seed:
         raise ValueError(f"{folder} holds pictures of seed {mark.read_text()}, not {seed}: name another folder.")
-    mark.write_text(json.dumps(seed))
+    if not mark.exists():
+        write_atomically(mark, lambda path: path.write_text(json.dumps(seed)))
     starts = range(0, count, _CHUNK)
     began = time.monotonic()
     with ProcessPoolExecutor(workers) as pool:
@@ -88,11 +96,13 @@ def render_pictures(folder: Path, count: int, seed: int = 0, workers: int = 2) -
             if done % 10 == 0:
                 print(f"rendered {done * _CHUNK} of {count} ({time.monotonic() - began:.0f} s)", flush=True)
     chunks = [np.load(folder / f"{start:07d}.npz") for start in starts]
-    if any("cover" not in chunk for chunk in chunks):
-        raise ValueError(f"{folder} holds pictures without masks, from an earlier version: remove it to render anew.")
+    samples = [random_sample(np.random.default_rng([seed, i])) for i in range(len(chunks) * _CHUNK)]
+    time_ids = np.concatenate([chunk["time_ids"] for chunk in chunks])
+    if any("cover" not in chunk for chunk in chunks) or (time_ids != [s.scene.time_ids for s in samples]).any():
+        raise ValueError(f"{folder} holds pictures of an earlier version: remove it to render anew.")
     return Pictures(
         pixels=np.concatenate([chunk["pixels"] for chunk in chunks]).reshape(-1, SIZE, SIZE, 3),
-        time_ids=np.concatenate([chunk["time_ids"] for chunk in chunks]),
+        time_ids=time_ids,
         cover=np.concatenate([chunk["cover"] for chunk in chunks]),
-        captions=[random_sample(np.random.default_rng([seed, i])).caption for i in range(len(chunks) * _CHUNK)],
+        captions=[sample.caption for sample in samples],
     )

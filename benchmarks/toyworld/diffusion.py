@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lily_diffusers.files import write_atomically
 from lily_diffusers.training.data import keyed_generator
 
-_MATRIX_RATE = 2e-3  # of Muon, for all matrices and convolutions
+_MATRIX_RATE = 2e-3  # of Muon, for matrices and convolutions
 _RATE = 1.2e-3  # of AdamW, for embeddings, norms and biases
 _WARMUP = 200
 _COOLDOWN = 0.5  # share of the steps in which the rates fall to nothing
@@ -109,6 +109,8 @@ def rate_factor(step: int, steps: int) -> float:
 
 class Optimizers:
     """Muon for matrices and convolutions (each a matrix of its output channels), AdamW for everything else.
+
+    The embeddings of tokens, positions, timesteps and sizes, their linear layers too, are among everything else.
 
     Muon (Jordan et al. 2024, torch.optim.Muon) orthogonalises each matrix's momentum. At the same time on two cores the
     validation loss fell further than AdamW's alone (docs/LOG.md).
@@ -210,7 +212,8 @@ def train_denoiser(
         denoiser.load_state_dict(state["weights"])
         optimizers.load_state_dict(state["optimizers"])
         average, start = state["average"], state["step"]
-        print(f"goes on from step {start} of {checkpoint}", flush=True)
+        if rank == 0:
+            print(f"goes on from step {start} of {checkpoint}", flush=True)
 
     began, seen = time.monotonic(), []
     for step in range(start, steps):
@@ -225,7 +228,8 @@ def train_denoiser(
         optimizers.step(rate_factor(step, steps))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(_EMA, (1 + step) / (10 + step)))
         seen.append(loss.detach())
-        if step % 100 == 99:
+        saving = (step + 1) % every == 0 or step == steps - 1
+        if step % 100 == 99 or saving:
             mean = torch.stack(seen).mean().item()
             speed = (time.monotonic() - began) / (step + 1 - start)
             left = speed * (steps - step - 1) / 60
@@ -234,8 +238,11 @@ def train_denoiser(
                 print(f"unet {step + 1}/{steps}: {said}", flush=True)
             seen.clear()
             if not math.isfinite(mean):
-                raise RuntimeError(f"The loss is {mean} at step {step + 1}; the last whole state is in {checkpoint}.")
-        if (step + 1) % every == 0 or step == steps - 1:
+                raise RuntimeError(
+                    f"The loss is {mean} at step {step + 1}; the last whole state is in {checkpoint}. The same batches "
+                    "would follow: lower the rates in benchmarks/toyworld/diffusion.py before the command is repeated."
+                )
+        if saving:
             if rank == 0:
                 state = {"weights": denoiser.state_dict(), "optimizers": optimizers.state_dict()}
                 state |= {"average": average, "step": step + 1}

@@ -235,14 +235,13 @@ def toy_parts(toy: Toy) -> list[Part]:
             depth = size[2]
     height, width = height * high, width * wide
     body, top, side, feet = toy.paints
-    belt_turned = toy.face == "belt" and solid == "box"  # a belt does not go round a box
     return [
         Part(solid, size, (0, 0, 0), body),
         *_top(toy.top, height, top),
         *_side(toy.left, -1, width, height, side),
         *_side(toy.right, 1, width, height, side),
         *_feet(toy.feet, -height, width, feet),
-        *_face("button" if belt_turned else toy.face, width, depth, top),
+        *_face(toy.face, width, depth, top),
     ]
 
 
@@ -271,6 +270,11 @@ def random_paints(rng: np.random.Generator, body: Vector | None = None) -> tuple
     return Paint(first, pattern, top), Paint(top), Paint(side), Paint(feet)
 
 
+def can_wear(body: str, face: str) -> bool:
+    """Whether a face suits a body: a belt does not go round a box."""
+    return face != "belt" or BODIES[body][0] != "box"
+
+
 def random_toy(rng: np.random.Generator, body: Vector | None = None) -> Toy:
     """Draw a toy.
 
@@ -280,13 +284,14 @@ def random_toy(rng: np.random.Generator, body: Vector | None = None) -> Toy:
     """
     left = str(rng.choice(SIDES))
     right = left if rng.random() < 0.5 else str(rng.choice(SIDES))
+    form, top, feet, face = (str(rng.choice(list(kinds))) for kinds in (BODIES, TOPS, FEET, FACES))
     return Toy(
-        body=str(rng.choice(list(BODIES))),
-        top=str(rng.choice(TOPS)),
+        body=form,
+        top=top,
         left=left,
         right=right,
-        feet=str(rng.choice(FEET)),
-        face=str(rng.choice(FACES)),
+        feet=feet,
+        face=face if can_wear(form, face) else "button",
         paints=random_paints(rng, body),
         stretch=(float(rng.uniform(0.85, 1.15)), float(rng.uniform(0.85, 1.15))),
     )

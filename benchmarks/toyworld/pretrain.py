@@ -3,18 +3,21 @@
     python -m benchmarks.toyworld.pretrain --work build/toyworld --out examples/toy-sdxl
 
 Every stage keeps its result in the work folder and is not run again; the UNet goes on from its last
-checkpoint, so that the command can be stopped and repeated at will. On two CPU cores two processes of one
-thread take a fifth less time a step than one process of two threads (docs/LOG.md):
+checkpoint, so that the command can be stopped and repeated at will, with other `--steps` too. On two CPU
+cores two processes of one thread take a fifth less time a step than one process of two (docs/LOG.md):
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m benchmarks.toyworld.pretrain
 
-May import all of the toy world but the scorer.
+May import all of the toy world but the scorer, and `lily_diffusers`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -24,36 +27,70 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor
 
+from lily_diffusers.files import write_atomically
+
 from .autoencoder import encode, peak_signal, train_vae
 from .data import Pictures, render_pictures
 from .diffusion import Denoiser, Samples, train_denoiser
 from .drawing import write_samples
 from .model import make_pipeline, make_vae
 
+PLANNED = ("pictures", "warm_start", "vae_steps", "vae_batch", "batch")
+"""Options that stay what they were when the work folder was begun."""
+
 
 def _trained_vae(work: Path, pictures: Pictures, steps: int, batch: int, device: torch.device) -> AutoencoderKL:
-    folder = work / "vae"
-    if (folder / "config.json").exists():
+    folder, partial = work / "vae", work / "vae.partial"
+    if folder.exists():
         return AutoencoderKL.from_pretrained(folder).to(device)
     torch.manual_seed(0)
     vae = make_vae().to(device)
-    for _ in train_vae(vae, pictures, steps, batch, device):
-        pass
+    train_vae(vae, pictures, steps, batch, device)
     latents = encode(vae, pictures[:4096], device)
     vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
-    vae.save_pretrained(folder)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    vae.save_pretrained(partial)
+    partial.rename(folder)
     return vae
 
 
-def _latents(work: Path, vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> Tensor:
-    file = work / "latents.pt"
+def encode_once(work: Path, vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> Tensor:
+    """Encode the pictures, or fetch the latents that the work folder holds.
+
+    Returns:
+        (n, 4, 16, 16) float16, scaled.
+
+    Raises:
+        ValueError: if the folder's latents are another VAE's or other pictures'.
+    """
+    file, whole = work / "latents.pt", hashlib.blake2b(digest_size=8)
+    for tensor in vae.state_dict().values():
+        whole.update(tensor.cpu().numpy().tobytes())
+    origin = f"{whole.hexdigest()} {len(pictures.pixels)}"
     if not file.exists():
-        torch.save(encode(vae, pictures, device), file.with_suffix(".partial"))
-        file.with_suffix(".partial").rename(file)
-    latents: Tensor = torch.load(file, weights_only=True)
-    if len(latents) != len(pictures.pixels):
-        raise ValueError(f"{file} holds {len(latents)} latents of {len(pictures.pixels)} pictures: remove it.")
-    return latents * vae.config.scaling_factor
+        made = {"origin": origin, "latents": encode(vae, pictures, device)}
+        write_atomically(file, lambda partial: torch.save(made, partial))
+    kept = torch.load(file, weights_only=True)
+    if not isinstance(kept, dict) or kept["origin"] != origin:
+        raise ValueError(f"{file} was made by another VAE or from other pictures: remove it.")
+    latents: Tensor = kept["latents"] * vae.config.scaling_factor
+    return latents
+
+
+def keep_to_plan(work: Path, plan: dict[str, object]) -> None:
+    """Write down with what options a work folder was begun, or compare them with those of before.
+
+    Raises:
+        ValueError: naming the first option that differs: going on would mix two runs.
+    """
+    file, plan = work / "plan.json", {name: None if value is None else str(value) for name, value in plan.items()}
+    if not file.exists():
+        write_atomically(file, lambda partial: partial.write_text(json.dumps(plan, indent=1) + "\n"))
+    for name, began in json.loads(file.read_text()).items():
+        if plan[name] != began:
+            raise ValueError(
+                f"--work={work} was begun with --{name}={began}, not {plan[name]}; repeat it so, or name another folder"
+            )
 
 
 def start_processes() -> bool:
@@ -83,14 +120,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.warm_start and not (args.warm_start / "model_index.json").is_file():
         parser.error(f"--warm_start={args.warm_start} holds no model_index.json; pass a pipeline's folder")
-    if args.warm_start and (args.work / "unet.pt").exists():
-        parser.error(
-            f"--work={args.work} holds a run of its own; leave out --warm_start to go on with it, or name another"
-        )
     device, work = torch.device(args.device), args.work
     first = start_processes()
-    work.mkdir(parents=True, exist_ok=True)
-    if not first:
+    if first:
+        try:
+            keep_to_plan(work, {name: getattr(args, name) for name in PLANNED})
+        except ValueError as error:
+            parser.error(str(error))
+    else:
         dist.barrier()  # until the first process has what all read
     pictures = render_pictures(work / "pictures", args.pictures)
     pipe = make_pipeline()
@@ -98,12 +135,11 @@ def main() -> None:
         pipe = StableDiffusionXLPipeline.from_pretrained(args.warm_start, dtype=torch.float32, add_watermarker=False)
         pipe.set_progress_bar_config(disable=True)
         vae = pipe.vae.to(device)
-        if first:
-            vae.save_pretrained(work / "vae")  # for when the command is repeated without --warm_start
     else:
         vae = _trained_vae(work, pictures, args.vae_steps, args.vae_batch, device)
-    print(f"VAE: {peak_signal(vae, pictures.pixels[-256:]):.2f} dB on 256 held-out pictures", flush=True)
-    latents = _latents(work, vae, pictures, device)
+    if first:
+        print(f"VAE: {peak_signal(vae, pictures.pixels[-256:]):.2f} dB on 256 held-out pictures", flush=True)
+    latents = encode_once(work, vae, pictures, device)
     if first and dist.is_initialized():
         dist.barrier()
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lily_diffusers.files import write_atomically
+
 from .data import to_tensor
 from .objects import CLASSES, COLOURS, Toy
 from .places import PLACES
@@ -159,9 +161,10 @@ def load_scorer(file: Path = WEIGHTS) -> Scorer:
     return scorer.eval().requires_grad_(False)
 
 
-def save_scorer(scorer: Scorer, file: Path = WEIGHTS) -> None:
+def save_scorer(scorer: Scorer, file: Path) -> None:
     """Write the weights in half precision."""
-    save_file({key: value.half().contiguous() for key, value in scorer.state_dict().items()}, file)
+    weights = {key: value.half().contiguous() for key, value in scorer.state_dict().items()}
+    write_atomically(file, lambda partial: save_file(weights, partial))
 
 
 def subject_reference(scorer: Scorer, toy: Toy, seed: int = 99, count: int = 4) -> Tensor:

@@ -7,7 +7,7 @@ The first room of the toy world: everything in its pictures that is not backgrou
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Vector = tuple[float, float, float]
+REACH = 1.25
+"""How far an object may reach from its middle on either axis of the screen (object radii)."""
 _STEPS = 14
+_PERIOD = 0.46  # of stripes and dots (object radii)
 _NEAR = 0.02
 _EPSILON = np.float32(0.004)
 
@@ -109,15 +112,15 @@ class Paint:
     second: Vector = (1.0, 1.0, 1.0)
     gloss: float = 0.45
 
-    def at(self, p: Array, period: float = 0.46) -> Array:
+    def at(self, p: Array) -> Array:
         """Colour (3, n) at points p (3, n) of the object's own axes."""
         colour = np.array(self.colour, np.float32)[:, None]
         if self.pattern == "plain":
             return np.broadcast_to(colour, p.shape)
         if self.pattern == "striped":
-            other = np.sin(p[1] * np.float32(2 * np.pi / period) + 0.8) > 0.1
+            other = np.sin(p[1] * np.float32(2 * np.pi / _PERIOD) + 0.8) > 0.1
         else:
-            cell = p / np.float32(period) + np.array([[0.25], [0.1], [0.4]], np.float32)
+            cell = p / np.float32(_PERIOD) + np.array([[0.25], [0.1], [0.4]], np.float32)
             cell[0] += 0.5 * (np.floor(cell[1]) % 2)
             other = ((cell - np.floor(cell) - 0.5) ** 2).sum(0) < 0.13
         return np.where(other, np.array(self.second, np.float32)[:, None], colour)
@@ -129,19 +132,17 @@ class Part:
 
     Attributes:
         solid: key of `SOLIDS`.
-        size: the solid's lengths (object radii; an object fits into a ball of radius 1).
+        size: the solid's lengths (object radii; see `REACH`).
         at: where its middle is; x right, y up, z toward the viewer.
         paint: of its surface.
         turn: degrees about the x, y and z axis, applied in this order.
-        name: of its role ('body', 'handle'), for captions.
     """
 
     solid: str
     size: tuple[float, ...]
     at: Vector
     paint: Paint
-    turn: Vector = field(default=(0.0, 0.0, 0.0))
-    name: str = ""
+    turn: Vector = (0.0, 0.0, 0.0)
 
 
 def rotation(x: float, y: float, z: float) -> Array:

@@ -41,7 +41,9 @@ TRAIN = Toy(
 
 
 def held_out_toy(number: int) -> Toy:
-    """Draw a toy that pre-training never drew: its shape has at least three parts besides the body.
+    """Draw a toy that pre-training never drew, with at most one of its five places for a part left empty.
+
+    Its kinds of parts may have stood together in pre-training, its paints and proportions never.
 
     Args:
         number: 0, 1, 2, …
@@ -102,7 +104,7 @@ def write_photos(name: str, folder: Path) -> list[Path]:
     return paths
 
 
-def other_shape(toy: Toy, seed: int = 0) -> Toy:
+def other_shape(toy: Toy, seed: int) -> Toy:
     """Another toy in the same paints: no part of its shape is the same."""
     rng = np.random.default_rng([_HELD_OUT, 1, seed])
     while True:
@@ -111,7 +113,7 @@ def other_shape(toy: Toy, seed: int = 0) -> Toy:
             return dataclasses.replace(other, paints=toy.paints)
 
 
-def other_paints(toy: Toy, seed: int = 0) -> Toy:
+def other_paints(toy: Toy, seed: int) -> Toy:
     """The same toy in other paints."""
     paints = random_paints(np.random.default_rng([_HELD_OUT, 2, seed]))
     return dataclasses.replace(toy, paints=paints)

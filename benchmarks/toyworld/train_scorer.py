@@ -2,9 +2,10 @@
 
     python -m benchmarks.toyworld.train_scorer
 
-takes some minutes on one thread and writes scorer.safetensors. Identity is learnt from families of toys:
-one toy, the same with one part changed, another shape in its paints, its shape in other paints; views of one
-member attract, all else repels, melted views included. May import `scorer` and what is above it.
+takes some minutes on one thread and writes build/scorer.safetensors; the committed file is replaced by naming
+it with `--out`. Identity is learnt from families of toys: one toy, the same with one part changed, another
+shape in its paints, its shape in other paints; views of one member attract, all else repels, melted views
+included. May import `scorer` and what is above it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,9 +25,9 @@ from torch.nn import functional as F
 from lily_diffusers.training.data import keyed_generator
 
 from .data import to_tensor
-from .objects import FACES, FEET, SIDES, TOPS, Toy, random_toy, toy_parts
+from .objects import FACES, FEET, SIDES, TOPS, Toy, can_wear, random_toy, toy_parts
 from .places import PLACES
-from .scorer import COLOUR_NAMES, KIND_NAMES, PLACE_NAMES, Scorer, save_scorer
+from .scorer import COLOUR_NAMES, KIND_NAMES, PLACE_NAMES, WEIGHTS, Scorer, save_scorer
 from .subjects import other_paints, other_shape
 from .world import Array, random_sample, random_scene, render
 
@@ -53,9 +55,9 @@ class Labelled:
 
 
 def change_one_part(toy: Toy, rng: np.random.Generator) -> Toy:
-    """Replace one part of a toy's shape by another kind."""
+    """Replace one part of a toy's shape by another kind that suits its body."""
     field, kinds = [("top", TOPS), ("left", SIDES), ("right", SIDES), ("feet", FEET), ("face", FACES)][rng.integers(5)]
-    others = [kind for kind in kinds if kind != getattr(toy, field)]
+    others = [kind for kind in kinds if kind != getattr(toy, field) and (field != "face" or can_wear(toy.body, kind))]
     changes: dict[str, str] = {field: str(rng.choice(others))}
     return dataclasses.replace(toy, **changes)  # type: ignore[arg-type]
 
@@ -207,8 +209,11 @@ def main() -> None:
     """Train and write the scorer."""
     parser = argparse.ArgumentParser(description="Train the toy world's scorer.")
     parser.add_argument("--steps", type=int, default=1500, help="optimiser steps")
+    parser.add_argument("--out", type=Path, default=Path("build/scorer.safetensors"), help="file for the weights")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    save_scorer(train(parser.parse_args().steps))
+    save_scorer(train(args.steps), args.out)
+    print(f"wrote {args.out}; the scorer that all figures come from is {WEIGHTS}")
 
 
 if __name__ == "__main__":

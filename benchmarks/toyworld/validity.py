@@ -2,20 +2,20 @@
 
     python -m benchmarks.toyworld.validity --base examples/toy-sdxl
 
-May import `scorer` and what is above it.
+The intervals are over the subjects. May import `scorer` and what is above it, and `benchmarks.intervals`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from torch import Tensor
+
+from benchmarks.intervals import Interval, interval
 
 from .autoencoder import round_trip
 from .data import to_tensor
@@ -28,11 +28,6 @@ from .train_scorer import change_one_part, melt
 from .world import Array, random_sample, render
 
 _SEED = 9_000_000_000
-
-
-def mean_and_interval(values: Tensor) -> tuple[float, float]:
-    """Mean of values (n,) and half the width of its 95 % interval (normal)."""
-    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
 
 
 def accuracy(scorer: Scorer, count: int = 600) -> dict[str, float]:
@@ -70,19 +65,19 @@ def _melted(pictures: Array) -> Array:
 
 
 def identity_bounds(
-    scorer: Scorer, pipe: StableDiffusionXLPipeline | None, subjects: Sequence[str] = tuple(SUBJECTS)
-) -> dict[str, Tensor]:
-    """Cosines to each subject's reference of what is, and is not, that subject.
+    scorer: Scorer, vae: AutoencoderKL | None = None, subjects: Sequence[str] = tuple(SUBJECTS)
+) -> dict[str, Interval]:
+    """Cosines to each subject's reference of what is, and is not, that subject, six pictures a subject.
 
     Args:
         scorer: that reads.
-        pipe: the base, for the VAE's ceiling and for the pictures before training; None leaves both out.
+        vae: of the base, for its ceiling; None leaves that out.
         subjects: keys of `SUBJECTS`.
 
     Returns:
-        Name of the bound -> cosines (n,), six pictures a subject.
+        Name of the bound -> interval over the subjects' means.
     """
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[float]] = {}
     names = list(SUBJECTS)
     for name in subjects:
         number, toy = names.index(name), SUBJECTS[name]
@@ -93,19 +88,26 @@ def identity_bounds(
         looks = {
             "true renders (upper bound)": true,
             "one part changed": true_pictures(change_one_part(toy, rng), places, seed=5)[0],
-            "same paints, another shape": true_pictures(other_shape(toy), places, seed=5)[0],
-            "same shape, other paints": true_pictures(other_paints(toy), places, seed=5)[0],
+            "same paints, another shape": true_pictures(other_shape(toy, number), places, seed=5)[0],
+            "same shape, other paints": true_pictures(other_paints(toy, number), places, seed=5)[0],
             "melted: right paints, no shape": _melted(true),
             "another subject (confusion)": true_pictures(SUBJECTS[names[number - 1]], places, seed=5)[0],
         }
-        if pipe is not None:
-            vae: AutoencoderKL = pipe.vae
+        if vae is not None:
             looks["true renders through the VAE (ceiling)"] = round_trip(vae, true)
-            prompts = [f"a photo of sks toy {PLACES[place][0]}" for place in places]
-            looks["base before training (lower bound)"] = np.stack(draw(pipe, prompts))
         for look, pictures in looks.items():
-            found.setdefault(look, []).append(scorer.read(pictures).identity @ reference)
-    return {look: torch.cat(cosines) for look, cosines in found.items()}
+            found.setdefault(look, []).append((scorer.read(pictures).identity @ reference).mean().item())
+    return {look: interval(means) for look, means in found.items()}
+
+
+def untrained_identity(scorer: Scorer, pipe: StableDiffusionXLPipeline) -> Interval:
+    """Cosine of what the base draws for 'sks toy' in each subject's new places: interval over the subjects' means."""
+    means = []
+    for number, (name, toy) in enumerate(SUBJECTS.items()):
+        prompts = [f"a photo of sks toy {PLACES[place][0]}" for place in new_places(name)]
+        reading = scorer.read(np.stack(draw(pipe, prompts, seed=100 * number)))
+        means.append((reading.identity @ subject_reference(scorer, toy)).mean().item())
+    return interval(means)
 
 
 def prompt_accuracy(scorer: Scorer, pipe: StableDiffusionXLPipeline) -> tuple[float, dict[str, float]]:
@@ -137,10 +139,14 @@ def report(scorer: Scorer, base: Path | None) -> str:
         pipe.set_progress_bar_config(disable=True)
     lines = ["Held-out renders read right: " + ", ".join(f"{k} {v:.1%}" for k, v in accuracy(scorer).items()) + "."]
     lines += [f"Retrieval@1 among 200 toys, another pose in another place: {retrieval(scorer):.1%}.", ""]
-    lines += ["| cosine to the subject's reference | mean | 95 % interval |", "|---|---:|---:|"]
-    for look, cosines in identity_bounds(scorer, pipe).items():
-        mean, half = mean_and_interval(cosines)
-        lines.append(f"| {look} | {mean:.3f} | ± {half:.3f} |")
+    bounds = identity_bounds(scorer, None if pipe is None else pipe.vae)
+    if pipe is not None:
+        bounds["base before training (lower bound)"] = untrained_identity(scorer, pipe)
+    lines += [
+        f"| cosine to the subject's reference, {len(SUBJECTS)} subjects | mean | 95 % interval |",
+        "|---|---:|---:|",
+    ]
+    lines += [f"| {look} | {bound.mean:.3f} | ± {bound.half:.3f} |" for look, bound in bounds.items()]
     if pipe is not None:
         places, kinds = prompt_accuracy(scorer, pipe)
         total = sum(kinds.values()) / len(kinds)

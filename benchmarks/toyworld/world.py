@@ -18,7 +18,7 @@ from PIL import Image
 
 from .objects import CLASSES, COLOURS, PATTERNS, Toy, random_toy, toy_parts
 from .places import EDGE, PLACES, VARIANTS, texture
-from .solids import Paint, Part, rotation, trace
+from .solids import REACH, Paint, Part, rotation, trace
 
 Array = NDArray[Any]
 
@@ -61,6 +61,13 @@ class Scene:
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """SDXL's size conditioning: original (height, width), crop (top, left), target (height, width), in pixels."""
         return (self.original, self.original, *self.crop, SIZE, SIZE)
+
+    @property
+    def view(self) -> Array:
+        """Rotation (3, 3) from the object's axes to the screen's."""
+        pitch, yaw, roll = self.turn
+        view: Array = rotation(0, 0, roll) @ (rotation(pitch, 0, 0) @ rotation(0, yaw, 0))
+        return view
 
 
 def random_scene(rng: np.random.Generator, parts: list[Part], place: str, plain: bool = False) -> Scene:
@@ -111,11 +118,9 @@ def render(scene: Scene) -> tuple[Array, Array]:
     rows, columns = np.mgrid[:edge, :edge].astype(np.float32).reshape(2, -1) / _FINE
     x = (columns + scene.crop[1] - scene.middle[0] * canvas) / np.float32(scene.radius)
     y = (scene.middle[1] * canvas - rows - scene.crop[0]) / np.float32(scene.radius)
-    near = np.flatnonzero((np.abs(x) < 1.25) & (np.abs(y) < 1.25))
-    view = rotation(scene.turn[0], 0, 0) @ rotation(0, scene.turn[1], 0)
-    view = rotation(0, 0, scene.turn[2]) @ view
+    near = np.flatnonzero((np.abs(x) < REACH) & (np.abs(y) < REACH))
     light = np.array(scene.light, np.float32)
-    colour, inside = trace(list(scene.parts), np.stack([x[near], y[near]]), view, light)
+    colour, inside = trace(list(scene.parts), np.stack([x[near], y[near]]), scene.view, light)
 
     if inside.any():
         on = near[inside]
@@ -234,9 +239,9 @@ def _jitter(rng: np.random.Generator, name: str) -> tuple[float, float, float]:
     return (float(colour[0]), float(colour[1]), float(colour[2]))
 
 
-def contact_sheet(rows: list[list[Array]], scale: int = 2, gap: int = 4) -> Image.Image:
-    """Lay pictures (64, 64, 3) out in rows, enlarged."""
-    tile = SIZE * scale
+def contact_sheet(rows: list[list[Array]]) -> Image.Image:
+    """Lay pictures (64, 64, 3) out in rows, twice as large."""
+    tile, gap = 2 * SIZE, 4
     width = max(len(row) for row in rows)
     sheet = Image.new("RGB", (width * (tile + gap) + gap, len(rows) * (tile + gap) + gap), "white")
     for i, row in enumerate(rows):

@@ -157,7 +157,7 @@ def _optimise(
                 optimizer.zero_grad()
     curves = {"loss": mean_loss, "grad_norm": grad_norm}
     if log:
-        curves |= {"expert_similarity": expert_similarity(bank), "routing_entropy": routing_entropy(routing)}
+        curves |= {"expert_similarity": expert_similarity(bank.B), "routing_entropy": routing_entropy(routing)}
     return curves
 
 
