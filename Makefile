@@ -22,7 +22,7 @@ demo: install ## teach the toy SDXL a toy from five photos and draw before/after
 
 app: install ## open the page on the toy SDXL
 	mkdir -p runs
-	$(RUN) -m app --base $(BASE) --adapters runs
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m app --base $(BASE) --adapters runs
 
 test: install ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -11,6 +11,7 @@ rendered world (`benchmarks/toyworld`).
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
@@ -33,6 +34,8 @@ SIZE = 64
 """Edge of the toy SDXL's pictures (pixels)."""
 STEPS = 400
 """Optimiser steps of the training."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Pictures this small gain little from a second thread, and lose much where something else runs (docs/LOG.md)."""
 TILE = 152
 """Edge of a picture on the sheet (pixels)."""
 
@@ -55,22 +58,21 @@ def train(out: Path, steps: int) -> None:
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "train_dreambooth_lily.py")]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     print("$", shlex.join(command), flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True, env=ONE_THREAD | os.environ)
 
 
 def draw(pipe: StableDiffusionXLPipeline, seed: int) -> list[Image.Image]:
     """Draw the prompt once in every place, all from the same seed."""
-    return [
-        pipe(
-            f"{PROMPT} {place}",
-            height=SIZE,
-            width=SIZE,
-            num_inference_steps=20,
-            guidance_scale=2.5,
-            generator=torch.Generator().manual_seed(seed),
-        ).images[0]
-        for place in PLACES
-    ]
+    drawn = pipe(
+        [f"{PROMPT} {place}" for place in PLACES],
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=20,
+        guidance_scale=2.5,
+        generator=[torch.Generator().manual_seed(seed) for _ in PLACES],
+    )
+    images: list[Image.Image] = drawn.images
+    return images
 
 
 def sheet(rows: list[tuple[str, list[Image.Image]]], columns: tuple[str, ...]) -> Image.Image:
@@ -99,7 +101,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything the demo makes")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps")
     args = parser.parse_args()
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # pictures this small gain nothing from more
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     out = args.out.resolve()
     adapter = out / f"{PHOTOS.name}-lily"  # a name that no folder of photos has
     shutil.rmtree(adapter, ignore_errors=True)  # of an earlier demo
