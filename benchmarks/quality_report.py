@@ -134,6 +134,8 @@ def _format_adapters(fits: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def format_report(report: Mapping[str, Any]) -> str:
     """Lay a report out as Markdown: what ran where, and for each budget its adapters, scores and differences."""
     options, machine = report["options"], report["machine"]
+    cells = [*report["cells"], *report["tuning_cells"]]
+    hours = sum(cell["train_seconds"] + cell["draw_seconds"] + cell["score_seconds"] for cell in cells) / 3600
     rates = (
         f"chosen on {', '.join(options['tuning_subjects'])} by fidelity, the mean of identity and place (one seed each)"
     )
@@ -145,9 +147,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"{len(options['subjects'])} subjects ({', '.join(options['subjects'])}) × {options['seeds']} seeds; "
         f"{options['steps']} steps of batch {options['batch']}; {options['pictures']} pictures a prompt in "
         f"{options['sampling_steps']} denoising steps, guidance {options['guidance']:g}. Learning rates: {rates}.",
-        f"{machine['cpu']}, {options['jobs']} cells at a time with one thread each; "
-        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        + ".",
+        f"{machine['cpu']}, {options['jobs']} cells at a time with one thread each; {len(cells)} cells, {hours:.1f} h "
+        "of one thread; " + ", ".join(f"{name} {number}" for name, number in report["versions"].items()) + ".",
         "",
         "Mean ± half of the 95 % interval (Student's t) over the subjects, their seeds averaged first. There are many "
         "intervals, and none is widened for that.",

@@ -341,3 +341,9 @@ def test_bad_options_are_named(bench: Bench, tmp_path: Path, capsys: pytest.Capt
     for flag, message in (("--base", "holds no model_index.json; pass a pipeline"), ("--scorer", "is not there")):
         with pytest.raises(SystemExit, match=f"benchmarks.quality: {flag}={tmp_path} {message}"):
             quality.main(_given(bench, tmp_path / "work", flag, str(tmp_path)))
+
+
+def test_the_page_shows_the_figures_of_its_report() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    tables = quality_report.format_report(json.loads((docs / "quality.json").read_text()))
+    assert tables in (docs / "quality.md").read_text(), "paste: python -m benchmarks.quality_report docs/quality.json"
