@@ -232,7 +232,11 @@ def make_report(
     bounds = identity_bounds(bench.scorer, bench.pipe.vae, args.subjects)
 
     def plain(cells: Mapping[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**record, "cell": dataclasses.asdict(cell)} for cell, record in cells.items()]
+        return [
+            {"cell": dataclasses.asdict(cell)}
+            | {name: record[name] for name in record if name not in ("cell", "settings")}
+            for cell, record in cells.items()
+        ]
 
     return {
         "options": {
@@ -240,7 +244,8 @@ def make_report(
         },
         "machine": describe_machine(torch.device("cpu")),
         "versions": VERSIONS,
-        "digests": {"base": digest_folder(args.base), "scorer": digest_scorer(bench.scorer)} | PROCEDURES,
+        "digests": {"base": digest_folder(args.base), "scorer": digest_scorer(bench.scorer)},
+        "procedures": PROCEDURES,
         "bounds": {look: dataclasses.asdict(bound) for look, bound in bounds.items()},
         "budgets": budgets,
         "cells": plain(records),
