@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import shlex
 import sys
@@ -57,18 +56,13 @@ class Choice:
 
     Attributes:
         rate: the chosen one.
-        tried: rate -> fidelity on each tuning subject, None where the training failed; empty without a choice.
+        tried: rate -> mean fidelity over the tuning subjects, None where a training failed; empty without a choice.
         at_edge: whether it is the lowest or the highest tried, so that a better one may lie outside the grid.
     """
 
     rate: float
-    tried: dict[float, list[float | None]]
+    tried: dict[float, float | None]
     at_edge: bool
-
-    def mean(self, rate: float) -> float | None:
-        """Mean fidelity at a rate, None if a training failed."""
-        values = [value for value in self.tried[rate] if value is not None]
-        return sum(values) / len(values) if len(values) == len(self.tried[rate]) else None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -141,12 +135,15 @@ def choose_rate(fidelity: Mapping[float, Sequence[float | None]]) -> Choice:
     Raises:
         ValueError: if a training failed at every rate.
     """
-    tried = Choice(math.nan, {rate: list(values) for rate, values in sorted(fidelity.items())}, False)
-    whole = {rate: mean for rate in tried.tried if (mean := tried.mean(rate)) is not None}
+    tried = {
+        rate: None if None in values else sum(value for value in values if value is not None) / len(values)
+        for rate, values in sorted(fidelity.items())
+    }
+    whole = {rate: value for rate, value in tried.items() if value is not None}
     if not whole:
-        raise BenchError(f"training failed at every learning rate of {list(fidelity)}; pass lower --rates.")
+        raise BenchError(f"training failed at every learning rate of {list(tried)}; pass lower --rates.")
     rate = max(whole, key=lambda rate: (whole[rate], -rate))
-    return Choice(rate, tried.tried, rate in (min(fidelity), max(fidelity)))
+    return Choice(rate, tried, rate in (min(tried), max(tried)))
 
 
 def tune(
@@ -169,8 +166,9 @@ def tune(
     for r, name in fits:
         tried = {rate: [records[c]["scores"].get("fidelity") for c in cells[(r, name), rate]] for rate in args.rates}
         choice = choices[r, name] = choose_rate(tried)
-        means = {rate: choice.mean(rate) for rate in choice.tried}
-        figures = ", ".join(f"{rate:g}: {'failed' if f is None else format(f, '.3f')}" for rate, f in means.items())
+        figures = ", ".join(
+            f"{rate:g}: {'failed' if f is None else format(f, '.3f')}" for rate, f in choice.tried.items()
+        )
         edge = "; at the edge of the grid, so widen --rates" if choice.at_edge else ""
         print(f"LoRA r={r}: {name} learns at {choice.rate:g} (fidelity at {figures}{edge})")
     return choices, records
@@ -221,7 +219,7 @@ def make_report(
                 name: {
                     **dataclasses.asdict(fits[r, name]),
                     "rate": choices[r, name].rate,
-                    "tuning": {f"{rate:g}": choices[r, name].mean(rate) for rate in choices[r, name].tried},
+                    "tuning": {f"{rate:g}": figure for rate, figure in choices[r, name].tried.items()},
                     "at_edge": choices[r, name].at_edge,
                 }
                 for name in args.contenders[1:]

@@ -236,7 +236,12 @@ def main() -> None:
     """Print the tables of a report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_report", description="Print a report's tables.")
     parser.add_argument("report", type=Path, help="JSON file that benchmarks.quality wrote")
-    print(format_report(json.loads(parser.parse_args().report.read_text())), end="")
+    file = parser.parse_args().report
+    try:
+        report = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"{file} cannot be read ({error}); name a file that benchmarks.quality --json wrote")
+    print(format_report(report), end="")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ SIZE = 64
 STEPS = 400
 """Optimiser steps of the training."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""Pictures this small gain little from a second thread, and lose much where something else runs (docs/LOG.md)."""
+"""A second thread trains half as fast again on a quiet machine, and five times slower on a busy one (docs/LOG.md)."""
 TILE = 152
 """Edge of a picture on the sheet (pixels)."""
 
